@@ -1,0 +1,20 @@
+"""Packaging: settings.ini is the one place where names, versions and requirements stand."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+cfg = ConfigParser(delimiters=["="])
+cfg.read("settings.ini", encoding="utf-8")
+cfg = cfg["DEFAULT"]
+extras = {k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")}
+
+setup(
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
+    author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
+    long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(), extras_require=extras,
+    # The top-level data/ folder travels inside the wheel as m2kit/_data.
+    packages=[*find_packages(include=["m2kit", "m2kit.*"]), "m2kit._data"], package_dir={"m2kit._data": "data"},
+    package_data={"m2kit._data": ["**/*"]}, entry_points={"console_scripts": [cfg["console_scripts"]]},
+    zip_safe=False,
+)
