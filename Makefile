@@ -1,0 +1,81 @@
+# A new clone needs nothing but Python 3.11+: each target sets itself up in .venv, once, and again when settings.ini or constraints.txt change.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help reproduce test lab check chapters export readme _readme clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+README := README.md
+# One thread a process: on a busy core torch's second thread slows it ten times and more. Parallel work runs in processes.
+export OMP_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The first Python that is new enough; `make reproduce PYTHON=/path/to/python3.12` names another.
+OK := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c '$(OK)' 2>/dev/null && { echo $$p; break; }; done)
+
+help: ## list what there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 18
+
+reproduce: $(VENV)/.base ## redo the figures and tables into figures/, with figures/report.html (ARGS="--only table2" for some of them)
+	$(BIN)/m2kit reproduce $(ARGS)
+
+test: $(VENV)/.test ## everything that CI checks: the repository, the package, every chapter
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(VENV)/.lab $(VENV)/.hooks ## open the book in JupyterLab
+	$(BIN)/jupyter lab nbs $(ARGS)
+
+check: $(VENV)/.lab ## fast: the package matches its notebooks, these are clean, README matches nbs/index.ipynb
+	$(BIN)/python -m pytest -q tests/test_repo.py
+
+chapters: $(VENV)/.test ## run every chapter as its own test (exhibits are run by reproduce)
+	$(BIN)/python -m pytest -v tests/test_chapters.py $(ARGS)
+
+export: $(VENV)/.lab ## after editing notebooks: write m2kit/, clean the notebooks, write README.md
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	@$(MAKE) --no-print-directory _readme
+
+readme: $(VENV)/.base ## write README.md from nbs/index.ipynb
+	@$(MAKE) --no-print-directory _readme
+
+# Paths in the index are seen from nbs/, those in the README from the top.
+_readme:
+	@$(BIN)/python -m nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's#(\(|")\.\./#\1#g' > $(README).tmp
+	@mv $(README).tmp $(README)
+
+clean: ## remove what was built, not what was computed: .venv, _proc, _docs
+	rm -rf $(VENV) _proc _docs build *.egg-info
+
+# A stamp is the last thing a set-up writes, so one that was interrupted is done again. What a larger set-up contains counts as done.
+SOURCES := settings.ini constraints.txt setup.py pyproject.toml
+INSTALL = $(BIN)/python -m pip install -c constraints.txt -e
+
+$(VENV)/.python:
+	@[ -n "$(PYTHON)" ] || { echo "m2kit needs Python 3.11 or newer; python3.11, python3.12, python3.13 and python3 are absent or older. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@"$(PYTHON)" -c '$(OK)' || { echo "$(PYTHON) is absent or older than Python 3.11; name a newer one with PYTHON=" >&2; exit 2; }
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(SOURCES) | $(VENV)/.python
+	@echo "Installing what the book needs into $(VENV): some minutes, once."
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.lab: $(SOURCES) | $(VENV)/.python
+	$(INSTALL) '.[dev]'
+	@touch $(VENV)/.base $@
+
+$(VENV)/.test: $(SOURCES) | $(VENV)/.python
+	$(INSTALL) '.[dev,train,fhir]'
+	@touch $(VENV)/.base $(VENV)/.lab $@
+
+# Git then merges notebooks cell by cell. The hooks call nbdev from this .venv, which need not be active.
+$(VENV)/.hooks: $(VENV)/.lab
+	@if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks; \
+	  sed "s#driver = nbdev_merge#driver = '$(CURDIR)/$(BIN)/nbdev_merge'#" .gitconfig > .gitconfig.tmp; mv .gitconfig.tmp .gitconfig; \
+	  printf '#!/bin/bash\n"%s/nbdev_trust"\n' "$(CURDIR)/$(BIN)" > "$$(git rev-parse --git-path hooks)/post-merge"; fi
+	@touch $@

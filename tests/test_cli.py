@@ -1,0 +1,76 @@
+"""The command `m2kit` as a shell sees it."""
+import os, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+M2KIT = str(Path(sys.executable).with_name("m2kit"))
+
+
+def m2kit(*argv):
+    return subprocess.run([M2KIT, *argv], capture_output=True, text=True, timeout=60)
+
+
+def fastest(command, n=3):
+    "Seconds of the fastest of `n` runs: what the program needs, not what the machine was doing."
+    def once():
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - begin
+    return min(once() for _ in range(n))
+
+
+def test_help_is_quick_and_teaches():
+    assert fastest([M2KIT, "--help"]) < .5
+    said = m2kit("--help").stdout
+    for name in ("reproduce", "exhibits", "doctor"):
+        assert name in said
+        assert f"    m2kit {name}" in m2kit(name, "--help").stdout      # an example to type
+
+
+def test_import_is_quick_and_light():
+    assert fastest([sys.executable, "-c", "import m2kit"]) < .3
+    code = "import sys, m2kit, m2kit.reproduce.cli, m2kit.reproduce.paper, m2kit.reproduce.pipeline, m2kit.reproduce.report; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("reproduce --only fig0l6", "no notebook named 'fig0l6'; did you mean fig06?"),
+    ("reproduce --only core/rnu", "did you mean core/run?"),
+    ("reproduce --scale hueg", "no scale named 'hueg'"),
+    ("reproduce --only fig06 --scale gpu", "not at the scale gpu: fig06 (it has: tiny)"),
+    ("reproduce --only fig06 --scale paper", "not at the scale paper"),
+    ("reproduce --only fig06 --jobs 0", "--jobs 0: at least one"),
+    ("reproduce --only fig06 --jobs many", "invalid int value"),
+    ("reproduce --only fig06 --set fig06.sclae=tiny", "did you mean scale?"),
+    ("reproduce --only fig06 --set fig06.out=3", "takes a word"),
+    ("reproduce --only fig06 --set fig07.out=x", "no notebook among those to run named 'fig07'"),
+    ("reproduce --only fig06 --set steps", "write NAME.PARAM=VALUE"),
+    ("exhibits --out /no/such/folder", "run m2kit reproduce first"),
+    ("doctor --scale big", "no scale named 'big'"),
+    ("frobnicate", "invalid choice"),
+    ("reproduce --frsh", "unrecognized arguments"),
+])
+def test_wrong_input_is_one_line_and_2(argv, words, tmp_path):
+    r = subprocess.run([M2KIT, *argv.split()], capture_output=True, text=True, timeout=60, env={**os.environ, "M2KIT_RUNS": str(tmp_path)})
+    assert r.returncode == 2 and r.stdout == "" and r.stderr.count("\n") == 1 and r.stderr.startswith("m2kit: "), r
+    assert words in r.stderr
+
+
+def test_doctor():
+    r = m2kit("doctor")
+    assert "scale tiny" in r.stdout and "scale gpu" in r.stdout
+    assert r.returncode == (1 if "! scale tiny" in r.stdout else 0)
+    r = m2kit("doctor", "--scale", "gpu")
+    assert r.returncode == (1 if "! scale gpu" in r.stdout else 0)
+
+
+def test_exhibits_lists_what_there_is(tmp_path):
+    r = m2kit("exhibits", "--out", str(tmp_path))
+    assert r.returncode == 0
+    lines = {l.split()[0]: l for l in r.stdout.splitlines() if not l.startswith(" ")}
+    assert {"fig06", "fig07", "fig08"} <= set(lines) and "redrawn" in lines["fig06"] and "not run yet" in lines["fig06"]
+
+
+def test_version():
+    import m2kit as kit
+    assert m2kit("--version").stdout == f"m2kit {kit.__version__}\n"
