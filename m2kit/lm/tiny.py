@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'CHAT_TEMPLATE', 'make_tokenizer', 'make_model', 'encode_dialogue', 'pad_batch', 'masked_nll',
-           'orthogonalise', 'Muon', 'optimizers', 'schedule', 'fit', 'save_checkpoint', 'source_hash',
+           'orthogonalise', 'Muon', 'optimizers', 'schedule', 'batches', 'fit', 'save_checkpoint', 'source_hash',
            'cached_checkpoint']
 
 # %% ../../nbs/lm/tiny.ipynb #cell-4
-import inspect, json, re, shutil
+import inspect, json, random, re, shutil
 from pathlib import Path
 import torch
 from filelock import FileLock
@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
 # %% ../../nbs/lm/tiny.ipynb #cell-23
 def optimizers(
     model,
-    lr: float = 3e-3, muon_lr: float = .02,  # peak rates of AdamW (embeddings, norms) and Muon (matrices)
+    lr: float = 5e-3, muon_lr: float = .015,  # peak rates of AdamW (embeddings, norms) and Muon (matrices)
 ) -> list:
     "Muon for the matrices of the layers, AdamW for the rest."
     matrix = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
@@ -131,21 +131,34 @@ def schedule(
     "Linear warm-up, then linear decay to zero."
     return min(1, (step + 1)/warmup, (steps - step)/steps*1.25)
 
-# %% ../../nbs/lm/tiny.ipynb #cell-24
+# %% ../../nbs/lm/tiny.ipynb #cell-25
+def batches(
+    rows,            # an iterator of (ids, mask)
+    size: int,       # rows a batch
+    seed: int = 0,   # of the order
+    pool: int = 8,   # batches drawn at once and sorted by length
+):                   # yields lists of rows, for ever
+    "Batches of rows of like length."
+    order = random.Random(seed)
+    while True:
+        drawn = sorted((next(rows) for _ in range(size*pool)), key=lambda r: len(r[0]))
+        yield from order.sample([drawn[i:i + size] for i in range(0, len(drawn), size)], pool)
+
+# %% ../../nbs/lm/tiny.ipynb #cell-27
 def fit(
     model,
     rows,                 # an iterator of (ids, mask); drawn from as long as needed
     steps: int,
-    batch: int = 32,      # sequences a step
+    batch: int = 16,      # sequences a step; small batches and more steps learn more from the same tokens here
     pad: int = 0,
     per: float = 40.,     # the constant that the summed loss is divided by, per sequence: about a typical length
     tell=None,            # called with (step, nats per token) every 20 steps
 ) -> list[float]:         # nats per token, a step
     "Train on fresh batches from `rows`."
-    opts, losses = optimizers(model), []
+    opts, losses, stream = optimizers(model), [], batches(rows, batch)
     base = [[g["lr"] for g in o.param_groups] for o in opts]
     for step in range(steps):
-        ids, mask, attention = pad_batch([next(rows) for _ in range(batch)], pad)
+        ids, mask, attention = pad_batch(next(stream), pad)
         nll = masked_nll(model, ids, mask, attention)
         (nll/(batch*per)).backward()
         for o, lrs in zip(opts, base):
@@ -155,7 +168,7 @@ def fit(
         if tell and step % 20 == 19: tell(step, losses[-1])
     return losses
 
-# %% ../../nbs/lm/tiny.ipynb #cell-29
+# %% ../../nbs/lm/tiny.ipynb #cell-32
 def save_checkpoint(
     model, tokenizer, path,
 ) -> Path:
@@ -172,7 +185,7 @@ def source_hash(
     lines = [l for m in modules for l in inspect.getsource(m).splitlines() if l.strip() and not l.lstrip().startswith("#")]
     return fingerprint(lines)
 
-# %% ../../nbs/lm/tiny.ipynb #cell-30
+# %% ../../nbs/lm/tiny.ipynb #cell-33
 def cached_checkpoint(
     name: str,      # what it is, e.g. "doctor"
     recipe: dict,   # what makes it; JSON-able

@@ -15,7 +15,7 @@ import numpy as np, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
-from ..clinic.language import composition, read_clauses
+from ..clinic.language import PARTS, composition, read_clauses, words_by_part
 from ..core.errors import UserError
 from ..core.run import Run
 
@@ -202,13 +202,15 @@ def describe(
 ) -> dict:
     "What a batch of answers looks like: scores, lengths in tokens, and shares of clauses."
     n = ro.lengths.numpy().reshape(scores.shape).astype(float)
-    parts = [composition(read_clauses(t)) for t in ro.texts]
+    clauses = [read_clauses(t) for t in ro.texts]
+    parts, words = [composition(c) for c in clauses], [words_by_part(c) for c in clauses]
     total = max(1, sum(p["clauses"] for p in parts))
     share = {k: sum(p[k] for p in parts)/total for k in ("filler", "repeats", "long", "other")}
     within = [np.corrcoef(s, l)[0, 1] for s, l in zip(scores, n) if s.std() > 0 and l.std() > 0]
     return dict(score=float(np.nanmean(scores)), bonus=float(np.nanmean(bonus)), length=float(n.mean()), truncated=1 - ro.ended.float().mean().item(),
                 gate=float((bonus > 0).mean()), deviation=float(np.nanstd(scores, axis=1).mean()), score_length=float(np.mean(within)) if within else 0.,
-                unknown=float(np.isnan(scores).mean()), clauses=total/len(parts), criterion=1 - share["filler"] - share["repeats"] - share["other"], **share)
+                unknown=float(np.isnan(scores).mean()), clauses=total/len(parts), criterion=1 - share["filler"] - share["repeats"] - share["other"], **share,
+                **{f"words_{k}": sum(w[k] for w in words)/len(words) for k in PARTS})
 
 # %% ../../nbs/train/grpo.ipynb #cell-36
 def grade(
