@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAPTERS = [p for p in sorted((ROOT/"nbs").glob("*/*.ipynb")) if p.parent.name != "exhibits"]
+CHAPTERS = [*(p for p in sorted((ROOT/"nbs").glob("*/*.ipynb")) if p.parent.name != "exhibits"), ROOT/"nbs"/"index.ipynb"]
 
 def run(path):
     "nbdev's test of one notebook: passed, what it said, seconds."

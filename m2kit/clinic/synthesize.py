@@ -16,7 +16,7 @@ from .language import FILLER, say
 # %% ../../nbs/clinic/synthesize.ipynb #cell-6
 def draw_symptoms(
     condition: Condition,  # with `often` in (0, 1] for each symptom
-    rng: random.Random,
+    rng: random.Random,    # where chance comes from
     n: int,                # how many, at most as many as there are
 ) -> list[str]:            # in the knowledge base's order
     "`n` different symptoms, drawn with their frequencies as weights."
@@ -24,8 +24,8 @@ def draw_symptoms(
     return [s.name for s in condition.symptoms if s in keyed]
 
 def draw_fact(
-    condition: Condition,
-    rng: random.Random,
+    condition: Condition,  # what the patient has
+    rng: random.Random,    # where chance comes from
     age: int, sex: str,    # of the patient: not every fact fits everybody
     relevant: float = .35, # chance of a fact that rules out one of the condition's treatments
     other: float = .25,    # chance, otherwise, of any fact
@@ -36,14 +36,14 @@ def draw_fact(
     if own and rng.random() < relevant: return rng.choice(own)
     return rng.choice(known) if rng.random() < other else None
 
-# %% ../../nbs/clinic/synthesize.ipynb #cell-8
+# %% ../../nbs/clinic/synthesize.ipynb #cell-9
 _NAMES = dict(female=("Ana", "Mei", "Fatima", "Ruth", "Ingrid", "Amara", "Yuki", "Leila"), male=("Tom", "Wei", "Omar", "Jonas", "Kofi", "Ivan", "Raj", "Luis"))
 _SURNAMES = ("Novak", "Chen", "Haddad", "Okafor", "Lindqvist", "Silva", "Tanaka", "Moreau", "Singh", "Weber")
 _EMPLOYERS = ("the city library", "a building firm", "the bus company", "a primary school", "a bakery", "a law office", "the harbour")
 _INSURERS = ("North Mutual", "State Health Fund", "Harbour Care", "none")
 
 def draw_person(
-    rng: random.Random,
+    rng: random.Random,  # where chance comes from
     sex: str,            # "female" or "male"
 ) -> dict:               # the private, psychological and social parts of a case
     "Somebody who could be ill: invented, every part of it."
@@ -53,9 +53,9 @@ def draw_person(
         psychological=dict(mbti="".join(rng.choice(p) for p in ("EI", "SN", "TF", "JP"))),
         social=dict(education=rng.choice(("primary", "secondary", "university")), means=rng.choice(("poor", "modest", "comfortable"))))
 
-# %% ../../nbs/clinic/synthesize.ipynb #cell-9
+# %% ../../nbs/clinic/synthesize.ipynb #cell-11
 def draw_case(
-    rng: random.Random,
+    rng: random.Random,           # where chance comes from
     condition: str | None = None, # a name from the knowledge base; any when None
 ) -> Case:
     "A case of the synthetic clinic."
@@ -66,7 +66,7 @@ def draw_case(
     return Case(id=f"synthetic-{rng.getrandbits(32):08x}", **draw_person(rng, sex),
                 medical=dict(age=age, sex=sex, complaint=symptoms[0], symptoms=symptoms, facts=[fact] if fact else [], condition=c.name))
 
-# %% ../../nbs/clinic/synthesize.ipynb #cell-13
+# %% ../../nbs/clinic/synthesize.ipynb #cell-15
 DOCTOR = """You are a careful doctor who answers a patient in writing. Name the most likely condition. Say which tests are needed and which treatment you \
 would start, after checking it against what the patient tells you about other illnesses, medicines and allergies. Say which signs mean that the patient must \
 come back at once, and give practical advice. Never recommend anything that could harm this patient. Say plainly what you do not know."""
@@ -85,7 +85,7 @@ def opening(
     "The prompt that a doctor answers, the same at every scale."
     return [dict(role="system", content=DOCTOR), dict(role="user", content=complaint(case))]
 
-# %% ../../nbs/clinic/synthesize.ipynb #cell-16
+# %% ../../nbs/clinic/synthesize.ipynb #cell-18
 def plan(
     case: Case,
 ) -> list[tuple[str, str]]: # (kind, item), in order
@@ -97,7 +97,7 @@ def plan(
     parts = {k: [(k, x.name) for x in xs] for k, xs in named}
     return [("diagnosis", c.name), *parts["test"], *(("treatment", t) for t in treatments), *parts["red_flag"], *parts["advice"]]
 
-# %% ../../nbs/clinic/synthesize.ipynb #cell-20
+# %% ../../nbs/clinic/synthesize.ipynb #cell-22
 @dataclass(frozen=True)
 class Style:
     "How a doctor answers. All are probabilities in [0, 1]."
@@ -113,11 +113,11 @@ def draw_style(
     "A doctor of the synthetic clinic: coverage from 40 to 95%, wordiness and filler of any degree, drawn apart."
     return Style(coverage=rng.uniform(.4, .95), wordy=rng.uniform(.25, .95), filler=rng.uniform(.05, .4))
 
-# %% ../../nbs/clinic/synthesize.ipynb #cell-21
+# %% ../../nbs/clinic/synthesize.ipynb #cell-23
 def answer(
-    case: Case,
-    style: Style,
-    rng: random.Random,
+    case: Case,         # with a condition of the knowledge base
+    style: Style,       # how the doctor answers
+    rng: random.Random, # where chance comes from
 ) -> str:
     "What a doctor of that style writes. Nothing is said twice."
     target = case
@@ -131,11 +131,11 @@ def answer(
         out.append(say(kind, item, rng.choice((1, 2)) if rng.random() < style.wordy else 0))
     return " ".join(out)
 
-# %% ../../nbs/clinic/synthesize.ipynb #cell-26
+# %% ../../nbs/clinic/synthesize.ipynb #cell-28
 def consultation(
-    case: Case,
-    style: Style,
-    rng: random.Random,
+    case: Case,        # with a condition of the knowledge base
+    style: Style,      # of the closing answer
+    rng: random.Random,# where chance comes from
 ) -> list[dict]:       # messages: instructions, then patient and doctor in turn, the doctor last
     "A dialogue of the synthetic clinic in which the patient begins with the main complaint only."
     c, m = conditions()[case.medical.condition], case.medical

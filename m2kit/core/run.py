@@ -84,14 +84,17 @@ def versions(
     names=("m2kit", "numpy", "torch", "transformers"), # distributions to look up
 ) -> dict:
     "Installed versions by name (None when absent), and Python's own."
-    def ver(n):
+    def version(n):
+        "None for what is not installed."
         try: return md.version(n)
         except md.PackageNotFoundError: return None
-    return dict(python=platform.python_version(), **{n: ver(n) for n in names})
+    return dict(python=platform.python_version(), **{n: version(n) for n in names})
 
 def commit() -> str | None: # None outside a git checkout
     "The checkout's commit; '+' behind it when tracked files have changed since."
-    def git(*a): return subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True)
+    def git(*a):
+        "Run git in the checkout."
+        return subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True)
     if (r := git("rev-parse", "--short=12", "HEAD")).returncode: return None
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "m2kit", "data").stdout.strip()
     return r.stdout.strip() + ("+" if dirty else "")
@@ -126,8 +129,13 @@ class Run:
         f = self.path/"done.json"
         return json.loads(f.read_text()) if f.exists() else None
 
-    def log(self, **row): append_jsonl(self.metrics, row)
-    def rows(self) -> list[dict]: return read_jsonl(self.metrics)
+    def log(self, **row):
+        "Append a row of metrics."
+        append_jsonl(self.metrics, row)
+
+    def rows(self) -> list[dict]:
+        "All rows of metrics so far."
+        return read_jsonl(self.metrics)
 
     def rewind(self, step: int):
         "Forget the rows from `step` on: what was logged after the last checkpoint is computed again."

@@ -57,7 +57,7 @@ def make_model(
 
 # %% ../../nbs/lm/tiny.ipynb #cell-14
 def encode_dialogue(
-    tokenizer,
+    tokenizer,              # with the chat template above
     messages: list[dict],   # a dialogue; every assistant message is learned
 ) -> tuple[list[int], list[int]]: # token ids, and 1 where the loss counts
     "A dialogue as ids and loss mask, in the chat template's form."
@@ -81,7 +81,7 @@ def pad_batch(
     return ids, mask, fill([[1]*len(i) for i, _ in rows], 0)
 
 def masked_nll(
-    model,
+    model,                # a causal language model
     ids, mask, attention, # int64 (rows, length), from `pad_batch`
 ) -> torch.Tensor:        # the sum over masked tokens of -log p, in nats
     "Negative log-likelihood of the masked tokens; logits are computed at those places only."
@@ -92,7 +92,7 @@ def masked_nll(
 # %% ../../nbs/lm/tiny.ipynb #cell-20
 def orthogonalise(
     g: torch.Tensor,   # a matrix (m, n), or a batch of them
-    steps: int = 5,
+    steps: int = 5,    # of the iteration
 ) -> torch.Tensor:     # about U V^T, where g = U S V^T
     "Newton-Schulz iteration of Muon (Jordan et al. 2024): singular values go to about 1."
     wide = g.shape[-2] <= g.shape[-1]
@@ -106,8 +106,10 @@ def orthogonalise(
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised, for weight matrices; embeddings and norms go to AdamW."
     def __init__(self, params, lr=.02, momentum=.95): super().__init__(params, dict(lr=lr, momentum=momentum))
+
     @torch.no_grad()
     def step(self):
+        "One update; larger for a tall matrix, by the root of its aspect."
         for group in self.param_groups:
             for p in group["params"]:
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
@@ -116,7 +118,7 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../../nbs/lm/tiny.ipynb #cell-23
 def optimizers(
-    model,
+    model,                                    # its matrices and the rest
     lr: float = 5e-3, muon_lr: float = .015,  # peak rates of AdamW (embeddings, norms) and Muon (matrices)
 ) -> list:
     "Muon for the matrices of the layers, AdamW for the rest."
@@ -125,8 +127,8 @@ def optimizers(
     return [Muon(matrix, lr=muon_lr), torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=0)]
 
 def schedule(
-    step: int, steps: int, # from 0
-    warmup: int = 20,
+    step: int, steps: int, # this one, from 0, and how many there are
+    warmup: int = 20,      # steps of the rise
 ) -> float:                # a factor in [0, 1]
     "Linear warm-up, then linear decay to zero."
     return min(1, (step + 1)/warmup, (steps - step)/steps*1.25)
@@ -144,9 +146,9 @@ def batches(
         drawn = sorted((next(rows) for _ in range(size*pool)), key=lambda r: len(r[0]))
         yield from order.sample([drawn[i:i + size] for i in range(0, len(drawn), size)], pool)
 
-# %% ../../nbs/lm/tiny.ipynb #cell-27
+# %% ../../nbs/lm/tiny.ipynb #cell-29
 def fit(
-    model,
+    model,                # trained in place
     rows,                 # an iterator of (ids, mask); drawn from as long as needed
     steps: int,
     batch: int = 16,      # sequences a step; small batches and more steps learn more from the same tokens here
@@ -168,9 +170,10 @@ def fit(
         if tell and step % 20 == 19: tell(step, losses[-1])
     return losses
 
-# %% ../../nbs/lm/tiny.ipynb #cell-32
+# %% ../../nbs/lm/tiny.ipynb #cell-34
 def save_checkpoint(
-    model, tokenizer, path,
+    model, tokenizer, # what to keep
+    path,             # the folder
 ) -> Path:
     "An ordinary Hugging Face directory: config, safetensors, tokenizer with its chat template."
     hf_logging.disable_progress_bar()
@@ -185,7 +188,7 @@ def source_hash(
     lines = [l for m in modules for l in inspect.getsource(m).splitlines() if l.strip() and not l.lstrip().startswith("#")]
     return fingerprint(lines)
 
-# %% ../../nbs/lm/tiny.ipynb #cell-33
+# %% ../../nbs/lm/tiny.ipynb #cell-35
 def cached_checkpoint(
     name: str,      # what it is, e.g. "doctor"
     recipe: dict,   # what makes it; JSON-able

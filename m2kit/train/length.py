@@ -24,19 +24,22 @@ from .rewards import LengthReward, RubricReward, matched_coef
 from .sft import load_doctor
 
 # %% ../../nbs/train/length.ipynb #cell-6
+SETTING = GRPOConfig(prompts=12, group=8, steps=100, max_new=224, l_max=224, lr=5e-4)
+
+# %% ../../nbs/train/length.ipynb #cell-8
 def clinic_tasks(
     n: int,          # how many
-    seed: int = 0,
+    seed: int = 0,   # the same seed gives the same questions
 ) -> list[dict]:     # rows with "prompt" and "rubric"
     "Questions to a doctor, each with its reference rubric."
     rng = random.Random(seed)
     return [dict(prompt=opening(c), rubric=reference_rubric(c)) for c in (draw_case(rng) for _ in range(n))]
 
-# %% ../../nbs/train/length.ipynb #cell-9
+# %% ../../nbs/train/length.ipynb #cell-11
 def answer_costs(
-    tokenizer,
+    tokenizer,       # what counts the tokens
     n: int = 200,    # cases to average over
-    seed: int = 0,
+    seed: int = 0,   # of the cases
 ) -> dict:           # mean tokens: complete in short forms; complete in long forms; complete in the clinic's own mixture
     "What a complete answer costs in tokens, in three manners."
     rng = random.Random(seed)
@@ -44,22 +47,21 @@ def answer_costs(
     cases = [draw_case(rng) for _ in range(n)]
     return {k: float(np.mean([len(tokenizer(answer(c, s, rng)).input_ids) + 1 for c in cases])) for k, s in manners.items()}
 
-# %% ../../nbs/train/length.ipynb #cell-13
+# %% ../../nbs/train/length.ipynb #cell-15
 def typical_length(
-    model, tokenizer,
+    model, tokenizer,# the policy
     n: int = 64,     # questions, four answers each
-    seed: int = 0,
+    seed: int = 0,   # of questions and answers
 ) -> float:          # tokens
     "Mean length of the policy's answers."
-    ro = rollout(model, tokenizer, [t["prompt"] for t in clinic_tasks(n, seed)], 4, 192, seed)
+    ro = rollout(model, tokenizer, [t["prompt"] for t in clinic_tasks(n, seed)], 4, SETTING.max_new, seed)
     return ro.lengths.float().mean().item()
 
-# %% ../../nbs/train/length.ipynb #cell-16
-SETTING = GRPOConfig(prompts=12, group=8, steps=120, max_new=192, l_max=192, lr=5e-4)
-
+# %% ../../nbs/train/length.ipynb #cell-18
 def arm_run(
     doctor: str,          # checkpoint folder of the policy to start from
-    seed: int, coef: float,
+    seed: int,            # of questions and answers
+    coef: float,          # of the length reward; 0 is the arm without it
     base=None,            # folder of runs
     **changes,            # of `SETTING`, and `quantile` or `thresh` of the length reward
 ) -> Run:
@@ -71,7 +73,7 @@ def arm_run(
     return Run("length", asdict(SETTING) | changes | reward | dict(doctor=os.path.basename(doctor), seed=seed, coef=coef, code=code), base)
 
 def train_arm(
-    doctor: str, seed: int, coef: float, base=None,
+    doctor: str, seed: int, coef: float, base=None, # as for `arm_run`
     **changes,            # as for `arm_run`
 ) -> list[dict]:          # the metrics, one row a step
     "Train one arm, or go on with it, or return what it gave."
@@ -87,7 +89,7 @@ def train_arm(
             run.finish(steps=cfg.steps)
     return run.rows()
 
-# %% ../../nbs/train/length.ipynb #cell-21
+# %% ../../nbs/train/length.ipynb #cell-23
 def train_arms(
     arms: list[dict],      # arguments of `train_arm`
     workers: int = 1,      # processes; 1 trains in this one

@@ -38,7 +38,7 @@ def clinic_tokenizer(
 
 # %% ../../nbs/train/sft.ipynb #cell-10
 def lessons(
-    tokenizer,
+    tokenizer,   # the clinic's
     seed: int,   # the same seed gives the same lessons
 ):               # yields (ids, mask) for ever
     "Cases of the clinic, each with an answer by a doctor of some style."
@@ -66,6 +66,7 @@ def tiny_doctor(
     recipe = doctor_recipe(**changes)
     for k in changes: choose(k, RECIPE, "part of the recipe")
     def build():
+        "Train it."
         torch.set_num_threads(1)   # two threads are slower than one at this size
         tokenizer = clinic_tokenizer(recipe["seed"])
         model = make_model(tokenizer, recipe["hidden"], recipe["layers"], ff=recipe["ff"], seed=recipe["seed"])
@@ -83,7 +84,7 @@ def load_doctor(
 
 # %% ../../nbs/train/sft.ipynb #cell-16
 def examine(
-    model, tokenizer,
+    model, tokenizer,  # the doctor
     n: int = 100,      # cases, two answers each
     seed: int = 10**6, # away from the seeds of lessons
     max_new: int = 224,# longest answer, in tokens
