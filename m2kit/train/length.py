@@ -24,7 +24,7 @@ from .rewards import LengthReward, RubricReward, matched_coef
 from .sft import load_doctor
 
 # %% ../../nbs/train/length.ipynb #cell-6
-SETTING = GRPOConfig(prompts=12, group=8, steps=100, max_new=224, l_max=224, lr=5e-4)
+SETTING = GRPOConfig(prompts=16, group=8, steps=120, max_new=224, l_max=224, lr=2.5e-4)
 
 # %% ../../nbs/train/length.ipynb #cell-8
 def clinic_tasks(
