@@ -97,6 +97,7 @@ def train_arms(
     every: float = 20.,    # seconds between lines
 ) -> list[list[dict]]:     # metrics of each arm, in order
     "Train several arms; those that are finished already cost nothing."
+    from m2kit.train.length import train_arm   # by its module's name: another process cannot see what a notebook defines
     if workers <= 1: return [train_arm(**a) for a in arms]
     runs, began = [arm_run(**a) for a in arms], time.monotonic()
     todo = sum(r.config["steps"] for r in runs)
