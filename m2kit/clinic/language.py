@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
-from ..core.errors import UserError, choose
+from ..core.errors import choose
 
 # %% ../../nbs/clinic/language.ipynb #cell-6
 FORMS = { # kind -> (short, long, long)
@@ -71,8 +71,8 @@ def read_clauses(
 def composition(
     clauses: list[Clause], # an answer, read
 ) -> dict:                 # counts: clauses, filler, repeats, long, other
-    "What an answer is made of. A repeat says the same kind and item again, in whatever form."
-    said = Counter((c.kind, c.item) for c in clauses if c.kind not in ("other", "cut"))
+    "What an answer is made of. A repeat says the same kind and item again, in whatever form; filler is filler, however often."
+    said = Counter((c.kind, c.item) for c in clauses if c.kind in KINDS)
     return dict(clauses=len(clauses), filler=sum(c.kind == "filler" for c in clauses), repeats=sum(n - 1 for n in said.values()),
                 long=sum(c.form > 0 for c in clauses), other=sum(c.kind in ("other", "cut") for c in clauses))
 
@@ -86,7 +86,7 @@ def words_by_part(
     out, seen = dict.fromkeys(PARTS, 0), set()
     for c in clauses:
         n = len(c.item.split()) if c.kind in ("other", "cut") else len(say(*c).split())
-        part = "other" if c.kind in ("other", "cut") else "repeats" if (c.kind, c.item) in seen else "filler" if c.kind == "filler" else "content"
+        part = "other" if c.kind in ("other", "cut") else "filler" if c.kind == "filler" else "repeats" if (c.kind, c.item) in seen else "content"
         short = len(say(c.kind, c.item).split()) if part == "content" else n
         out[part] += short
         out["phrasing"] += n - short

@@ -63,7 +63,7 @@ def draw_case(
     sex = rng.choice(("female", "male")) if c.sex == "any" else c.sex
     age, symptoms = rng.randint(*c.age), draw_symptoms(c, rng, rng.choice((3, 4)))
     fact = draw_fact(c, rng, age, sex)
-    return Case(id=f"synthetic-{rng.getrandbits(32):08x}", **draw_person(rng, sex),
+    return Case(id=f"synthetic-{rng.getrandbits(32):08x}", source="synthetic", **draw_person(rng, sex),
                 medical=dict(age=age, sex=sex, complaint=symptoms[0], symptoms=symptoms, facts=[fact] if fact else [], condition=c.name))
 
 # %% ../../nbs/clinic/synthesize.ipynb #cell-15

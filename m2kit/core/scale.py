@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'Scale', 'get_scale']
 
 # %% ../../nbs/core/scale.ipynb #cell-4
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from .errors import UserError, choose
 
 # %% ../../nbs/core/scale.ipynb #cell-5

@@ -130,7 +130,7 @@ def schedule(
     step: int, steps: int, # this one, from 0, and how many there are
     warmup: int = 20,      # steps of the rise
 ) -> float:                # a factor in [0, 1]
-    "Linear warm-up, then linear decay to zero."
+    "Linear warm-up, a plateau, and from a fifth of the way on linear decay to zero."
     return min(1, (step + 1)/warmup, (steps - step)/steps*1.25)
 
 # %% ../../nbs/lm/tiny.ipynb #cell-25
@@ -150,7 +150,7 @@ def batches(
 def fit(
     model,                # trained in place
     rows,                 # an iterator of (ids, mask); drawn from as long as needed
-    steps: int,
+    steps: int,           # batches to learn from
     batch: int = 16,      # sequences a step; small batches and more steps learn more from the same tokens here
     pad: int = 0,
     per: float = 40.,     # the constant that the summed loss is divided by, per sequence: about a typical length
@@ -184,7 +184,7 @@ def save_checkpoint(
 def source_hash(
     *modules,       # imported modules
 ) -> str:
-    "A hash of the modules' source, without comments' whereabouts: what the code is, not where it stands."
+    "A hash of the modules' source, blank lines and comment lines left out."
     lines = [l for m in modules for l in inspect.getsource(m).splitlines() if l.strip() and not l.lstrip().startswith("#")]
     return fingerprint(lines)
 

@@ -9,7 +9,7 @@ __all__ = ['group_advantage', 'policy_loss', 'sample_tokens', 'Rollout', 'encode
 
 # %% ../../nbs/train/grpo.ipynb #cell-4
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
@@ -19,6 +19,8 @@ from transformers import DynamicCache
 from ..clinic.language import PARTS, composition, read_clauses, words_by_part
 from ..core.errors import UserError
 from ..core.run import Run
+from ..rubrics.reference import wanted
+from .rewards import as_rubric
 
 # %% ../../nbs/train/grpo.ipynb #cell-6
 def group_advantage(
@@ -232,7 +234,7 @@ def answer_logps(
 # %% ../../nbs/train/grpo.ipynb #cell-40
 @dataclass(frozen=True)
 class GRPOConfig:
-    "What the loop needs to know. The paper tells none of these values."
+    "What the loop needs to know. The paper tells none of these sizes and rates."
     prompts: int = 16        # questions a step
     group: int = 8           # G
     steps: int = 100
@@ -246,6 +248,12 @@ class GRPOConfig:
     clip_grad: float = 1.
     seed: int = 0
     save_every: int = 20     # steps between checkpoints
+
+    def __post_init__(self):
+        for k in ("prompts", "group", "steps", "max_new", "l_max", "lr", "updates", "save_every"):
+            if not getattr(self, k) > 0: raise UserError(f"GRPOConfig: {k} is {getattr(self, k)}; it must be above 0")
+        if self.group < 2: raise UserError(f"GRPOConfig: group is {self.group}; answers are compared within a group, so take 2 or more")
+        if not 0 < self.eps_low < 1: raise UserError(f"GRPOConfig: eps_low is {self.eps_low}; it lies between 0 and 1")
 
 # %% ../../nbs/train/grpo.ipynb #cell-41
 def update(
@@ -266,24 +274,27 @@ def update(
         optimizer.step()
     return dict(entropy=(entropy.sum()/ro.mask.sum()).item(), clipped=clipped, grad_norm=norm.item(), loss=loss.item())
 
-# %% ../../nbs/train/grpo.ipynb #cell-43
+# %% ../../nbs/train/grpo.ipynb #cell-45
 def describe(
     ro: Rollout,          # a batch of answers
     scores, bonus,        # (N, G) arrays: the first reward, and the sum of the others
+    rubrics=None,         # N rubrics, to tell clauses that a criterion asks for; without them `criterion` is left out
 ) -> dict:
-    "What a batch of answers looks like: scores, lengths in tokens, and shares of clauses."
+    "What a batch of answers looks like: scores, lengths in tokens, gate (share of groups with a bonus), paid (share of answers), shares of clauses."
     n = ro.lengths.numpy().reshape(scores.shape).astype(float)
     clauses = [read_clauses(t) for t in ro.texts]
     parts, words = [composition(c) for c in clauses], [words_by_part(c) for c in clauses]
     total = max(1, sum(p["clauses"] for p in parts))
     share = {k: sum(p[k] for p in parts)/total for k in ("filler", "repeats", "long", "other")}
+    if rubrics: # a clause counts once: said again it is a repeat
+        share["criterion"] = sum(len({(k.kind, k.item) for k in c} & wanted(rubrics[i//ro.group])) for i, c in enumerate(clauses))/total
     within = [np.corrcoef(s, l)[0, 1] for s, l in zip(scores, n) if s.std() > 0 and l.std() > 0]
     return dict(score=float(np.nanmean(scores)), bonus=float(np.nanmean(bonus)), length=float(n.mean()), truncated=1 - ro.ended.float().mean().item(),
-                gate=float((bonus > 0).mean()), deviation=float(np.nanstd(scores, axis=1).mean()), score_length=float(np.mean(within)) if within else 0.,
-                unknown=float(np.isnan(scores).mean()), clauses=total/len(parts), criterion=1 - share["filler"] - share["repeats"] - share["other"], **share,
+                gate=float((bonus > 0).any(1).mean()), paid=float((bonus > 0).mean()), deviation=float(np.nanstd(scores, axis=1).mean()), score_length=float(np.mean(within)) if within else 0.,
+                unknown=float(np.isnan(scores).mean()), clauses=total/len(parts), **share,
                 **{f"words_{k}": sum(w[k] for w in words)/len(words) for k in PARTS})
 
-# %% ../../nbs/train/grpo.ipynb #cell-47
+# %% ../../nbs/train/grpo.ipynb #cell-49
 def grade(
     rewards,               # list of rewards in TRL's shape; the first is the score, the rest are bonuses
     rows: list,            # N tasks: dicts with "prompt" and whatever columns the rewards want
@@ -299,7 +310,7 @@ def grade(
         out.append(np.array([np.nan if x is None else x for x in r], float).reshape(len(rows), -1))
     return out[0], sum(out[1:], np.zeros_like(out[0]))
 
-# %% ../../nbs/train/grpo.ipynb #cell-48
+# %% ../../nbs/train/grpo.ipynb #cell-50
 def grpo_step(
     model, tokenizer, optimizer, # model and optimizer are changed in place
     rows: list, rewards,    # tasks of this step, and rewards as in `grade`
@@ -310,9 +321,10 @@ def grpo_step(
     ro = rollout(model, tokenizer, [r["prompt"] for r in rows], cfg.group, cfg.max_new, seed)
     scores, bonus = grade(rewards, rows, ro)
     advantage = group_advantage(torch.tensor(scores + bonus, dtype=torch.float32), cfg.scale).flatten()
-    return describe(ro, scores, bonus) | update(model, optimizer, ro, advantage, cfg)
+    rubrics = [as_rubric(r["rubric"]) for r in rows] if "rubric" in rows[0] else None
+    return describe(ro, scores, bonus, rubrics) | update(model, optimizer, ro, advantage, cfg)
 
-# %% ../../nbs/train/grpo.ipynb #cell-49
+# %% ../../nbs/train/grpo.ipynb #cell-51
 def save_state(
     path,                 # the file
     model, optimizer,     # what to keep
@@ -338,7 +350,7 @@ def load_state(
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))
     with safe_open(path, "pt") as f: return int(f.metadata()["step"])
 
-# %% ../../nbs/train/grpo.ipynb #cell-50
+# %% ../../nbs/train/grpo.ipynb #cell-52
 def train(
     model, tokenizer,     # the policy, trained in place
     tasks: list,          # rows to draw from: dicts with "prompt" (messages) and columns

@@ -6,17 +6,16 @@
 __all__ = ['SETTING', 'clinic_tasks', 'answer_costs', 'typical_length', 'arm_run', 'train_arm', 'train_arms']
 
 # %% ../../nbs/train/length.ipynb #cell-4
-import os, random, time
+import inspect, os, random, time
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 import numpy as np, torch
 import m2kit.train.grpo, m2kit.train.rewards, m2kit.rubrics.reference, m2kit.rubrics.rubric
-
 from ..clinic.synthesize import Style, answer, draw_case, opening
 from ..core.errors import UserError
-from ..core.run import Run
+from ..core.run import Run, fingerprint, versions
 from ..lm.tiny import source_hash
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from .grpo import GRPOConfig, rollout, train
@@ -67,7 +66,9 @@ def arm_run(
 ) -> Run:
     "The run folder of one arm."
     reward = {k: changes.pop(k) for k in ("quantile", "thresh") if k in changes}
-    code = source_hash(m2kit.train.grpo, m2kit.train.rewards, m2kit.rubrics.reference, m2kit.rubrics.rubric, m2kit.clinic.synthesize, m2kit.clinic.language)
+    import m2kit.train.length
+    code = fingerprint(source_hash(m2kit.train.grpo, m2kit.train.rewards, m2kit.rubrics.reference, m2kit.rubrics.rubric, m2kit.clinic.synthesize, m2kit.clinic.language),
+                       inspect.getsource(m2kit.train.length.clinic_tasks), inspect.getsource(m2kit.train.length.train_arm), versions())
     unknown = set(changes) - set(asdict(SETTING))
     if unknown: raise UserError(f"no setting named {sorted(unknown)[0]!r} (there are: {', '.join(asdict(SETTING))})")
     return Run("length", asdict(SETTING) | changes | reward | dict(doctor=os.path.basename(doctor), seed=seed, coef=coef, code=code), base)

@@ -35,7 +35,7 @@ def as_rubric(
     r, # a `Rubric`, its dict, or that as JSON
 ) -> Rubric:
     "The rubric that a column holds."
-    return r if isinstance(r, Rubric) else read_rubric(json.loads(r) if isinstance(r, str) else r)
+    return r if isinstance(r, Rubric) else read_rubric(json.loads(r) if isinstance(r, str) else r, dimensions=None)
 
 # %% ../../nbs/train/rewards.ipynb #cell-13
 class RubricReward:
@@ -64,13 +64,14 @@ def length_reward(
     thresh: float = .5,    # the group's P80 must be above it; not told in the paper
 ) -> np.ndarray:           # (G,), the bonus: 0 or coef/sqrt(length)
     "The conditional length reward of equation 3 for one group."
+    if not 0 <= quantile <= 1: raise UserError(f"the length reward's quantile is {quantile}; it lies between 0 and 1 (0.2 is the formula's reading, 0.8 the text's)")
     scores, lengths = np.asarray(scores, float), np.maximum(np.asarray(lengths, float), 1)
     if np.isnan(scores).all(): return np.zeros(len(scores))
     p80 = np.nanquantile(scores, quantile)
     return np.where((scores >= p80) & (p80 > thresh), coef/np.sqrt(lengths), 0.)
 
 # %% ../../nbs/train/rewards.ipynb #cell-21
-PAPER_LENGTH, PAPER_COEF = 4000, 4.   # tokens (figure 5's answers are 3,200 to 6,000 long); equation 3
+PAPER_LENGTH, PAPER_COEF = 4000, 4.   # tokens (figure 5's answers end at 3,200 to 6,000, as two sources read the chart); equation 3
 
 def matched_coef(
     length: float,  # typical answer length at your scale, in tokens
@@ -86,7 +87,9 @@ class LengthReward:
         reward,              # the reward whose scores open the gate, e.g. a `RubricReward`
         group: int,          # G, the answers per prompt; they stand together
         **options,           # of `length_reward`: coef, quantile, thresh
-    ): self.reward, self.group, self.options = reward, group, options
+    ):
+        length_reward([1.], [1], **options)   # wrong options are told now, not in the middle of a training
+        self.reward, self.group, self.options = reward, group, options
 
     def __call__(self,
         prompts, completions, completion_ids, # N of each; the ids say how long an answer is

@@ -6,7 +6,7 @@
 __all__ = ['RECIPE', 'terms', 'clinic_tokenizer', 'lessons', 'doctor_recipe', 'tiny_doctor', 'load_doctor', 'examine']
 
 # %% ../../nbs/train/sft.ipynb #cell-4
-import random
+import inspect, random
 import numpy as np, torch
 from transformers.utils import logging as hf_logging
 import m2kit.clinic.knowledge, m2kit.clinic.language, m2kit.clinic.synthesize, m2kit.lm.tiny
@@ -53,16 +53,18 @@ RECIPE = dict(hidden=128, layers=2, ff=384, steps=1200, batch=16, seed=0)
 def doctor_recipe(
     **changes,     # of `RECIPE`
 ) -> dict:
-    "What makes the tiny doctor, down to the source of the clinic and the bytes of its knowledge."
+    "What makes the tiny doctor, down to the source of the clinic, the instruction blocks and the clinic's knowledge."
+    import m2kit.train.sft
     code = source_hash(m2kit.clinic.knowledge, m2kit.clinic.language, m2kit.clinic.synthesize, m2kit.lm.tiny)
-    return RECIPE | changes | dict(code=code, knowledge=fingerprint([c.model_dump() for c in conditions().values()], [f.model_dump() for f in facts().values()]), torch=torch.__version__)
+    lessons = fingerprint([inspect.getsource(getattr(m2kit.train.sft, f)) for f in ("terms", "clinic_tokenizer", "lessons", "tiny_doctor")], DOCTOR, INSTRUCTION_BLOCKS)
+    return RECIPE | changes | dict(code=code, lessons=lessons, knowledge=fingerprint([c.model_dump() for c in conditions().values()], [f.model_dump() for f in facts().values()]), torch=torch.__version__)
 
 def tiny_doctor(
     tell=None,     # called with (step, nats per token) while it trains
     base=None,     # where checkpoints are kept
     **changes,     # of `RECIPE`
 ):                 # the checkpoint's folder
-    "The tiny doctor's checkpoint; trained on first use, in a minute or two on one core."
+    "The tiny doctor's checkpoint; trained on first use, in about three minutes on one core."
     recipe = doctor_recipe(**changes)
     for k in changes: choose(k, RECIPE, "part of the recipe")
     def build():
