@@ -1,10 +1,11 @@
 """The scorer held to the reference on real rows. The data stay outside the project; no row is ever printed (they carry a canary)."""
-import json, os
+import contextlib, io, json, os
 from pathlib import Path
 import pytest
 from m2kit.core.errors import UserError
 from m2kit.core.run import root
 from m2kit.evaluate.healthbench import aggregate, example_score, read_rows
+from m2kit.reproduce.cli import main
 from m2kit.rubrics.rubric import Verdict
 
 INPUTS = Path(os.environ.get("M2KIT_INPUTS") or root().parent/"shared"/"data")
@@ -24,6 +25,24 @@ def test_equals_the_reference_exactly(rows):
     assert sorted(got) == sorted(want)
     assert differing(got, want) == []
     assert all(type(got[k]) is type(want[k]) for k in want)
+
+def said(*argv):
+    "What `m2kit` prints."
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out): assert main(list(map(str, argv))) == 0
+    return out.getvalue()
+
+@real
+def test_the_command_line_gives_the_same():
+    got, want = json.loads(said("score", DATA)), json.loads(EXPECTED.read_text())
+    assert differing({k: got[k] for k in want}, want) == []
+
+@real
+def test_every_input_is_recognised():
+    pytest.importorskip("fhir.resources", reason="reading FHIR takes the extra [fhir]")
+    bundles = sorted((INPUTS/"fhir").glob("*.json"))
+    lines = said("check", DATA, INPUTS/"agentclinic_medqa_30.jsonl", *bundles).splitlines()
+    assert [l.split(": ")[1] for l in lines] == ["healthbench, 21 read, all well", "agentclinic, 30 read, all well", *["fhir, 1 read, all well"]*len(bundles)]
 
 @real
 def test_bootstrap_adds_one_deviation_per_name_and_repeats(rows):
