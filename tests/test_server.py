@@ -132,9 +132,10 @@ def wait_for(ready, seconds=60.0):
 
 CHILD = """
 import json, os, sys, time
+from pathlib import Path
 from m2kit.lm.chat import Completion, Sampling, answer_seed, dialogue, sample_indices
 from m2kit.lm.log import CallLog, Logged
-log, asked, out, n, pause, salt = sys.argv[1:]
+log, asked, out, n, pause, salt, together = sys.argv[1:]
 
 class Dice:
     name = "dice"
@@ -147,14 +148,17 @@ class Dice:
             on_done(i, answers[-1])
         return answers
 
-n = int(n)
+n, here = int(n), Path(out).parent
+(here/f"ready-{Path(out).name}").touch()
+while len(list(here.glob("ready-*"))) < int(together): time.sleep(.002)                    # nobody starts before all are up
 batch = [dialogue(f"case {i % (n//3):03d} " + "y"*3000) for i in range(n)]                 # three samples of each dialogue
-answers = Logged(Dice(), CallLog(log)).chat(batch)
+at = n//9*int(salt.split()[-1]) if salt else 0                                             # each begins elsewhere, so each has something to give
+answers = Logged(Dice(), CallLog(log)).chat(batch[at:] + batch[:at])
 with open(out, "w") as f: json.dump(sorted(c.text for c in answers), f)
 """
 
-def child(tmp_path, log, tag, n=120, pause=.01, salt=""):
-    args = [str(tmp_path/log), str(tmp_path/f"asked-{tag}"), str(tmp_path/f"out-{tag}"), str(n), str(pause), salt]
+def child(tmp_path, log, tag, n=120, pause=.01, salt="", together=1):
+    args = [str(tmp_path/log), str(tmp_path/f"asked-{tag}"), str(tmp_path/f"out-{tag}"), str(n), str(pause), salt, str(together)]
     return subprocess.Popen([sys.executable, "-c", CHILD, *args])
 
 def asked(tmp_path, tag): return (tmp_path/f"asked-{tag}").read_text().split("\n")[:-1]
@@ -181,7 +185,7 @@ def test_killed_batches_resume_where_they_were(tmp_path, seed):
     assert len(CallLog(log)) == lines(log) == 120
 
 def test_several_processes_share_a_log(tmp_path):
-    ps = [child(tmp_path, "calls.jsonl", j, n=900, pause=0, salt=f" by {j}") for j in range(3)]   # the late ones catch up, and then they race
+    ps = [child(tmp_path, "calls.jsonl", j, n=900, pause=.001, salt=f" by {j}", together=3) for j in range(3)]   # the late ones catch up, and then they race
     assert [p.wait(60) for p in ps] == [0, 0, 0]
     assert lines(tmp_path/"calls.jsonl") == len(CallLog(tmp_path/"calls.jsonl")) == 900    # every call once, every line whole
     assert answers(tmp_path, 0) == answers(tmp_path, 1) == answers(tmp_path, 2)            # the first answer is the answer, for all
