@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'Scale', 'get_scale']
 
 # %% ../../nbs/core/scale.ipynb #cell-4
 from dataclasses import dataclass
-from .errors import UserError, choose
+from .errors import choose
 
 # %% ../../nbs/core/scale.ipynb #cell-5
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..core.run import Run, fingerprint, versions
 from ..lm.tiny import source_hash
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from .grpo import GRPOConfig, rollout, train
-from .rewards import LengthReward, RubricReward, matched_coef
+from .rewards import LengthReward, RubricReward
 from .sft import load_doctor
 
 # %% ../../nbs/train/length.ipynb #cell-6
