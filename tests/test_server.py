@@ -1,9 +1,10 @@
 "What the chapters of lm/ cannot show by themselves: a server with every fault, a real server, kill -9, several processes."
-import json, os, random, signal, socket, subprocess, sys, threading, time, urllib.request
+import json, os, random, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
+from conftest import wait_for
 from m2kit.core.errors import UserError
 from m2kit.lm.chat import Sampling, answer_seed, dialogue
 from m2kit.lm.log import CallLog, Logged, Replay
@@ -122,12 +123,6 @@ def test_ctrl_c_ends_a_batch():
         err = p.communicate(timeout=10)[1]
         assert p.returncode and err.strip().endswith("KeyboardInterrupt") and "was destroyed" not in err
 
-def wait_for(ready, seconds=60.0):
-    end = time.time() + seconds
-    while not ready():
-        assert time.time() < end, "timed out"
-        time.sleep(.005)
-
 # --- the call log under kill -9 and among processes
 
 CHILD = """
@@ -212,26 +207,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 @pytest.fixture(scope="module")
-def served(checkpoint, tmp_path_factory):
-    "The address of `transformers serve` on that checkpoint."
-    pytest.importorskip("fastapi"); pytest.importorskip("uvicorn")
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    tool, out = Path(sys.executable).with_name("transformers"), tmp_path_factory.mktemp("serve")/"log"
-    with open(out, "w") as f:
-        p = subprocess.Popen([tool, "serve", checkpoint, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)], stdout=f, stderr=f, env=dict(os.environ, HF_HUB_OFFLINE="1"))
-    try:
-        wait_for(lambda: healthy(p, port, out), 120)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        p.terminate()
-        try: p.wait(10)
-        except subprocess.TimeoutExpired: p.kill(); p.wait()
-
-def healthy(p, port, out):
-    assert p.poll() is None, out.read_text()[-2000:]
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try: return direct.open(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
-    except OSError: time.sleep(.2)
+def served(checkpoint, serve): yield from serve(checkpoint)
 
 def test_transformers_serve(checkpoint, served, tmp_path):
     from m2kit.lm.local import LocalModel

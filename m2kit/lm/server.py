@@ -9,6 +9,7 @@ __all__ = ['LONGEST_WAIT', 'request_body', 'Fault', 'read_answer', 'retry_after'
 # %% ../../nbs/lm/server.ipynb #cell-4
 import asyncio, ipaddress, json, os, random, threading, time
 from email.utils import parsedate_to_datetime
+from functools import cache
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 from fastcore.basics import patch
@@ -153,12 +154,18 @@ def is_loopback(
     try: return ipaddress.ip_address(host).is_loopback
     except ValueError: return host == "localhost"
 
+@cache
+def _tls():
+    "The certificates, read once: reading them takes longer than a small model's answer."
+    import httpx
+    return httpx.create_ssl_context()
+
 @patch
 def _client(self: ServerModel):
     "A fresh client; it belongs to one event loop."
     import openai
-    direct = dict(http_client=openai.DefaultAsyncHttpxClient(trust_env=False)) if is_loopback(self.base_url) else {}
-    return openai.AsyncOpenAI(base_url=self.base_url, api_key=self.key, max_retries=0, timeout=self.timeout, **direct)
+    http = openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.base_url), verify=_tls())
+    return openai.AsyncOpenAI(base_url=self.base_url, api_key=self.key, max_retries=0, timeout=self.timeout, http_client=http)
 
 # %% ../../nbs/lm/server.ipynb #cell-36
 @patch
