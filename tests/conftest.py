@@ -1,0 +1,34 @@
+"What several test files share."
+import os, socket, subprocess, sys, time, urllib.request
+from pathlib import Path
+import pytest
+
+def wait_for(ready, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, f"not ready in {seconds} s"
+        time.sleep(.005)
+
+def healthy(p, port, out):
+    assert p.poll() is None, out.read_text()[-2000:]
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try: return direct.open(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+    except OSError: time.sleep(.2); return False
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory):
+    "A function from a checkpoint to a generator of one address: `transformers serve` runs until the generator ends."
+    def run(checkpoint):
+        pytest.importorskip("fastapi"); pytest.importorskip("uvicorn")
+        with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+        tool, out = Path(sys.executable).with_name("transformers"), tmp_path_factory.mktemp("serve")/"log"
+        with open(out, "w") as f:
+            p = subprocess.Popen([tool, "serve", checkpoint, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)], stdout=f, stderr=f, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+        try:
+            wait_for(lambda: healthy(p, port, out), 120)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            p.terminate()
+            try: p.wait(10)
+            except subprocess.TimeoutExpired: p.kill(); p.wait()
+    return run
