@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'QWEN25_32B', 'LAYOUTS', 'KV_BYTES', 'CARDS', 'OVERHEAD', 'Decoder', 'decoder', 'tensors', 'parameters',
-           'Layout', 'matrix_bytes', 'weight_bytes', 'kv_bytes', 'card_bytes', 'Budget', 'budget', 'max_length', 'fits',
-           'fit_overhead']
+           'Layout', 'matrix_bytes', 'weight_bytes', 'kv_bytes', 'card_bytes', 'card_named', 'Budget', 'budget',
+           'max_length', 'fits', 'fit_overhead', 'lengths_by_card']
 
 # %% ../../nbs/infer/memory.ipynb #cell-4
 import json, math
@@ -156,7 +156,18 @@ def card_bytes(card) -> int: # a name in `CARDS`, or MiB
     if isinstance(card, (int, float)) and card > 0: return int(card * 2**20)
     return CARDS[choose(card, CARDS, "card")] * 2**20
 
-# %% ../../nbs/infer/memory.ipynb #cell-40
+# %% ../../nbs/infer/memory.ipynb #cell-39
+def card_named(card): # a name in `CARDS` in any spelling, or MiB as a number or its digits
+    "The card as `CARDS` has it, or its MiB; a `UserError` for a name that is unknown or leaves the size open."
+    plain = lambda s: "".join(str(s).lower().split()).replace("-", "").removeprefix("nvidia").removeprefix("geforce")
+    if isinstance(card, bool) or card is None: raise UserError(f"card is {card!r}; give a name such as RTX 4090, or its MiB as nvidia-smi prints them")
+    if isinstance(card, (int, float)) or str(card).strip().isdigit(): return card_bytes(int(card)) and int(card)
+    same = [c for c in CARDS if plain(c) == plain(card)] or [c for c in CARDS if len(plain(card)) > 2 and plain(c).startswith(plain(card))]
+    if len(same) == 1: return same[0]
+    if same: raise UserError(f"card {card!r} could be {' or '.join(same)}; name one of them")
+    return choose(str(card).upper(), CARDS, "card")
+
+# %% ../../nbs/infer/memory.ipynb #cell-43
 OVERHEAD = 1.15 * 2**30  # bytes; fitted below on the first row of table 2
 
 @dataclass(frozen=True)
@@ -178,7 +189,7 @@ class Budget:
         "The longest input + output of one request; 0 when the weights do not fit."
         return max(0, int(self.pool // self.per_token))
 
-# %% ../../nbs/infer/memory.ipynb #cell-41
+# %% ../../nbs/infer/memory.ipynb #cell-44
 def budget(
     config,                       # of a decoder: see `decoder`
     card="RTX 4090",              # a name in `CARDS`, or MiB
@@ -192,7 +203,7 @@ def budget(
     size = card_bytes(card)
     return Budget(size, size*(1 - utilization), overhead, weight_bytes(config, weights), kv_bytes(config, kv))
 
-# %% ../../nbs/infer/memory.ipynb #cell-44
+# %% ../../nbs/infer/memory.ipynb #cell-47
 def max_length(
     config,                       # of a decoder: see `decoder`
     card="RTX 4090",              # a name in `CARDS`, or MiB
@@ -215,7 +226,7 @@ def fits(
     "Whether a single request of `length` tokens fits."
     return 0 < length <= max_length(config, card, weights, kv, **engine)
 
-# %% ../../nbs/infer/memory.ipynb #cell-47
+# %% ../../nbs/infer/memory.ipynb #cell-50
 def fit_overhead(
     config,                       # of a decoder: see `decoder`
     length: int,                  # the published longest input + output, tokens
@@ -227,3 +238,14 @@ def fit_overhead(
     "The overhead at which exactly `length` tokens fit."
     b = budget(config, card, weights, kv, 0, utilization)
     return b.pool - length*b.per_token
+
+# %% ../../nbs/infer/memory.ipynb #cell-59
+def lengths_by_card(
+    config,                       # of a decoder: see `decoder`
+    formats: dict,                # name -> (weight layout, cache dtype)
+    cards=None,                   # names in `CARDS`, or MiB; all of `CARDS` by default, from small to large
+    **engine,                     # overhead, utilization: see `budget`
+) -> dict:                        # card -> {format: tokens}; 0 where the weights alone do not fit
+    "The longest input + output of one request, for each card and format."
+    cards = sorted(CARDS, key=CARDS.get) if cards is None else cards
+    return {c: {name: max_length(config, c, w, kv, **engine) for name, (w, kv) in formats.items()} for c in cards}
