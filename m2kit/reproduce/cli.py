@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'SCALE', 'command', 'reproduce', 'shelf', 'exhibits', 'missing', 'machine', 'lacks', 'doctor', 'file_kind',
-           'check', 'score', 'Parser', 'parser', 'main']
+           'check', 'score', 'pick_script', 'consult', 'healthbench', 'typed_prompts', 'rubrics', 'agreement',
+           'training', 'Parser', 'parser', 'main']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-4
 import argparse, sys
@@ -20,7 +21,7 @@ def command(
 ):
     "Register the function below as the command of its name."
     def register(f):
-        COMMANDS[f.__name__] = f, help, examples, arguments
+        COMMANDS[f.__name__.replace("_", "-")] = f, help, examples, arguments
         return f
     return register
 
@@ -129,10 +130,17 @@ def lacks(
 # %% ../../nbs/reproduce/cli.ipynb #cell-19
 @command("look at this machine: what each scale needs and what is missing", """
     m2kit doctor                              exit status 0 when the scale tiny can run
-    m2kit doctor --scale gpu                  exit status 0 when the scale gpu can run""", SCALE)
+    m2kit doctor --scale gpu                  exit status 0 when the scale gpu can run
+    m2kit doctor --serve serve.toml --card rtx4090    does it fit, how long a context, and what to type""", SCALE,
+    (["--serve"], dict(metavar="CONFIG", help="a model's config.json, or a TOML, YAML or JSON file with model, weights, kv, draft, context, card")),
+    (["--card"], dict(metavar="NAME", help="with --serve: the card, e.g. rtx4090; default: the one in CONFIG")))
 def doctor(args):
     "Print what there is and what is missing; 1 when the scale asked about cannot run."
     from m2kit.core.scale import SCALES, get_scale
+    if args.card and not args.serve: raise UserError("--card belongs to --serve CONFIG: what is to be served on it?")
+    if args.serve:
+        from m2kit.infer.serve import serve_doctor
+        return serve_doctor(args.serve, args.card)
     get_scale(args.scale)
     have, faults = machine(), {}
     print(f"  python {have['python']}, {have['cores']} cores, {have['memory']:.1f} GB of memory, {have['disk']:.0f} GB free on disk")
@@ -194,6 +202,160 @@ def score(args):
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-26
+def pick_script(
+    path=None,        # a file with cases; None draws one from the synthetic clinic
+    number: int = 1,  # which case of the file, from 1
+    condition=None,   # of a drawn case; None is any
+    seed: int = 0,    # of a drawn case, and of the persona that a file's case lacks
+):                    # a `Script`
+    "The patient's script."
+    import random
+    from m2kit.clinic.case import Case
+    from m2kit.clinic.importers import load_agentclinic, load_fhir
+    from m2kit.clinic.knowledge import conditions
+    from m2kit.clinic.persona import Script, draw_script
+    from m2kit.core.errors import choose
+    if not path: return draw_script(random.Random(seed), condition and choose(condition, conditions(), "condition"))
+    readers = dict(case=Case.load, agentclinic=load_agentclinic, fhir=load_fhir)
+    if (kind := file_kind(path)) not in readers: raise UserError(f"{path} holds {kind}, and a patient is wanted: a case of the kit, AgentClinic rows or a FHIR bundle")
+    cases = found if isinstance(found := readers[kind](path), list) else [found]
+    if not 1 <= number <= len(cases): raise UserError(f"{path} has {len(cases)} case{'s'*(len(cases) != 1)}; --number goes from 1 to {len(cases)}")
+    return Script.of(cases[number - 1], seed)
+
+# %% ../../nbs/reproduce/cli.ipynb #cell-28
+@command("be the doctor of a simulated patient, and watch gate, reply, checker and scores", """
+    m2kit consult                             a synthetic patient and the tiny models, trained on first use
+    m2kit consult --condition gout --seed 3   another patient
+    m2kit consult --case cases.jsonl --number 3 --model http://localhost:8000/v1#Qwen3-32B
+    m2kit consult --save talk.jsonl           keep the transcript; the same again goes on from it
+    m2kit consult < questions.txt             the doctor's turns from a file""",
+    (["--case"], dict(metavar="FILE", help="the kit's case JSON, AgentClinic rows, a FHIR R4 bundle; default: a drawn case")),
+    (["--number"], dict(type=int, default=1, metavar="N", help="which case of the file; default: 1")),
+    (["--condition"], dict(metavar="NAME", help="what a drawn patient has; default: any")),
+    (["--seed"], dict(type=int, default=0, metavar="N", help="of the drawn case, the persona and the drafts; default: 0")),
+    (["--model"], dict(default="tiny:patient", metavar="SPEC", help="plays the patient: tiny:patient, a checkpoint folder, URL#NAME, replay:FILE; default: tiny:patient")),
+    (["--checker"], dict(default="", metavar="SPEC", help="keeps gate and facts; default: tiny:checker for tiny:patient, else the model itself")),
+    (["--judge"], dict(metavar="SPEC", help="scores the session; default: the oracle for a synthetic patient, else leaks alone are counted")),
+    (["--save"], dict(metavar="FILE", help="where the transcript is kept after every turn (JSON lines)")),
+    (["--log"], dict(metavar="FILE", help="record every call to a model there; calls found there are not made again")))
+def consult(args):
+    "Talk in the terminal."
+    from m2kit.simulator.consult import Consultation, consult as talk, open_simulator
+    script, judge = pick_script(args.case, args.number, args.condition, args.seed), None
+    if args.judge:
+        from m2kit.lm.open import open_model
+        from m2kit.simulator.fidelity import LMJudge
+        judge = LMJudge(open_model(args.judge, args.log))
+    talk(Consultation(script, open_simulator(args.model, args.checker, args.log, args.seed, training), judge, args.save))
+    return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #cell-30
+@command("run HealthBench, or rows of its format: answer, grade, score", """
+    m2kit healthbench --model tiny:doctor --grader clauses --rows clinic:40 --repeats 3   everything on this machine, in a minute
+    m2kit healthbench --model URL#NAME --grader URL#NAME --fetch --subset hard --limit 100  the benchmark; --fetch downloads the published file once
+    m2kit healthbench --model recorded --grader recorded --rows graded.jsonl             answers and verdicts that the file has
+    m2kit healthbench --physician ideal --grader URL#NAME                                 what physicians wrote, instead of a model's answers
+    m2kit healthbench --meta-eval --grader URL#NAME --fetch                               the grader against physicians' verdicts
+    the same command again goes on where it was killed""",
+    (["--model"], dict(metavar="SPEC", help="who answers: tiny:doctor, a checkpoint folder, http://HOST:PORT/v1#NAME, replay:FILE, or recorded (the file's own answers)")),
+    (["--grader"], dict(metavar="SPEC", required=True, help="who grades: a model as above, recorded (the file's own verdicts), or clauses (the clinic's lookup)")),
+    (["--rows"], dict(metavar="FILE", help="rows: a .jsonl file, a folder of the published files, or clinic:N; default: the published file in runs/healthbench/data")),
+    (["--subset"], dict(choices=["hard", "consensus"], help="which published file; default: all 5,000 conversations")),
+    (["--fetch"], dict(action="store_true", help="download the published file when it is not there; nothing is downloaded otherwise")),
+    (["--limit"], dict(type=int, metavar="N", help="N conversations, drawn as the reference draws them")),
+    (["--repeats"], dict(type=int, default=1, metavar="K", help="K answers of the model to each conversation: mean and spread; default: 1")),
+    (["--physician"], dict(choices=["ideal", "references"], help="grade what physicians wrote, or the model answers they had before them; without --model")),
+    (["--group"], dict(type=int, choices=[1, 2, 3], help="of that group of physicians only")),
+    (["--order"], dict(choices=["printed", "shared"], default="printed", help="of the grader's question: the paper's, or the type behind the conversation (shares a prefix)")),
+    (["--unified"], dict(action="store_true", help="ask about positive and negative criteria in one way, as the reference does")),
+    (["--retries"], dict(type=int, default=2, metavar="N", help="how often an unusable verdict is asked for again before it is unknown; default: 2")),
+    (["--constrain"], dict(action="store_true", help="send the verdict's JSON schema to the grader's server")),
+    (["--temperature"], dict(type=float, metavar="T", help="of the answers; default: 1")), (["--max-tokens"], dict(type=int, metavar="N", help="of the answers; default: 2048 (tiny models: 224)")),
+    (["--concurrency"], dict(type=int, default=8, metavar="N", help="requests at a time to a server; default: 8")), (["--timeout"], dict(type=float, default=120, metavar="S", help="seconds for one request; default: 120")),
+    (["--lenient"], dict(action="store_true", default=None, help="accept rubrics that repeat or contradict themselves in a file of one's own, as the reference would")),
+    (["--no-pages"], dict(action="store_true", help="write no HTML")), (["--seed"], dict(type=int, default=0, metavar="N", help="of the sample, the answers and the bootstrap; default: 0")),
+    (["--out"], dict(metavar="DIR", help="the run's folder; default: one under runs/healthbench")), (["--meta-eval"], dict(action="store_true", help="compare the grader with physicians' verdicts, or with recorded ones")))
+def healthbench(args):
+    "Run, and print the scores."
+    for name in ("limit", "repeats", "max_tokens", "concurrency"):
+        if (n := getattr(args, name)) is not None and n < 1: raise UserError(f"--{name.replace('_', '-')} {n}: a whole number, at least 1")
+    from m2kit.evaluate.harness import as_text, run_healthbench
+    from m2kit.evaluate.meta import meta_text, run_meta
+    from m2kit.lm.chat import Sampling
+    common = dict(rows=args.rows, limit=args.limit, out=args.out, seed=args.seed, fetch=args.fetch, options=dict(concurrency=args.concurrency, timeout=args.timeout),
+                  grading=dict(order=args.order, typed=not args.unified, retries=args.retries, constrain=args.constrain))
+    if args.meta_eval: r = run_meta(args.grader, **common)
+    else:
+        room = 224 if str(args.model).startswith("tiny:") else 2048
+        sampling = None if args.temperature is None and args.max_tokens is None else Sampling(temperature=1.0 if args.temperature is None else args.temperature, max_tokens=args.max_tokens or room, seed=args.seed)
+        r = run_healthbench(args.model, args.grader, subset=args.subset, repeats=args.repeats, physician=args.physician, group=args.group, sampling=sampling, pages=not args.no_pages, lenient=args.lenient, **common)
+    print((meta_text if args.meta_eval else as_text)(r))
+    print(f"in {r['this_run']['folder']}, {r['this_run']['seconds']:.0f} s, {r['this_run']['asked']} calls made and {r['this_run']['found']} found on record")
+    return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #cell-31
+@command("compare the grader's two typed questions with a single one, on answers with known labels", """
+    m2kit typed-prompts --model http://localhost:8000/v1#Qwen3-32B --out typed.json
+    m2kit typed-prompts --model SPEC --items labelled.jsonl                     answers of your own, labelled""",
+    (["--model"], dict(metavar="SPEC", required=True, help="the grader: a checkpoint folder, URL#NAME, replay:FILE, tiny:grader")),
+    (["--items"], dict(metavar="FILE", help="labelled answers, one JSON object a line; default: the clinic's")),
+    (["--n"], dict(type=int, default=60, metavar="N", help="answers of the clinic's; default: 60")),
+    (["--order"], dict(default="printed", metavar="NAME", help="of the typed question: printed or shared; default: printed")),
+    (["--max-tokens"], dict(type=int, default=512, metavar="N", help="longest reply; default: 512")),
+    (["--log"], dict(metavar="FILE", help="record every call there; the file is then a replay tape, and a killed run goes on from it")),
+    (["--out"], dict(metavar="FILE", help="where the table goes as JSON; the exhibit typed_prompts draws it")))
+def typed_prompts(args):
+    "Run the experiment and print its table."
+    import json
+    from m2kit.lm.open import open_model
+    from m2kit.rubrics.typed import typed_prompts as run
+    if args.n < 1: raise UserError(f"--n {args.n}: a whole number, at least 1")
+    print(json.dumps(run(open_model(args.model, args.log, tell=training(args.model)), args.out, args.items, args.n, args.order, args.max_tokens), indent=1))
+    return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #cell-33
+@command("write a rubric for every source in a file", """
+    m2kit rubrics --model http://localhost:8000/v1#Qwen3-32B --sources sources.jsonl --out rubrics.jsonl --constrain
+    m2kit rubrics --model tiny:generator --sources sources.jsonl --out rubrics.jsonl --max-tokens 220""",
+    (["--model"], dict(metavar="SPEC", required=True, help="who writes: URL#NAME, a checkpoint folder, replay:FILE, tiny:generator")),
+    (["--sources"], dict(metavar="FILE", required=True, help="one JSON object a line: id, kind (case, question or dialogue), text, and persona and knowledge if there are any")),
+    (["--out"], dict(metavar="FILE", required=True, help="rubrics, one a line; what could not be written is listed on stderr")),
+    (["--constrain"], dict(action="store_true", help="send the JSON schema along, for servers that can use it")),
+    (["--max-tokens"], dict(type=int, default=2048, metavar="N", help="longest reply; default: 2048")),
+    (["--retries"], dict(type=int, default=2, metavar="N", help="further tries for an unusable reply; default: 2")),
+    (["--log"], dict(metavar="FILE", help="record every call there; a killed run goes on from it")))
+def rubrics(args):
+    "Write them; 1 when some source got none."
+    from m2kit.lm.open import open_model
+    from m2kit.rubrics.generate import generate_file
+    if args.max_tokens < 1 or args.retries < 0: raise UserError("--max-tokens is at least 1 and --retries at least 0")
+    written, failures, report = generate_file(open_model(args.model, args.log, training(args.model)), args.sources, args.out, args.constrain, args.max_tokens, args.retries)
+    for f in failures: print(f"  {f}", file=sys.stderr)
+    print(f"{written} rubrics in {args.out}; {len(failures)} sources without one")
+    return 1 if failures else 0
+
+@command("compare generated rubrics with experts': dimensions, points, weights, uniformity", """
+    m2kit agreement --generated rubrics.jsonl --experts experts.jsonl --referee http://localhost:8000/v1#Qwen3-32B""",
+    (["--generated"], dict(metavar="FILE", required=True, help="rubrics, one a line")), (["--experts"], dict(metavar="FILE", required=True, help="the experts', with the same ids")),
+    (["--referee"], dict(metavar="SPEC", help="who says which criteria mean the same; default: a lookup, for the clinic's wordings")),
+    (["--log"], dict(metavar="FILE", help="record the referee's calls there")), (["--seed"], dict(type=int, default=0, metavar="N", help="of resampling and chance; default: 0")))
+def agreement(args):
+    "Print the measures as JSON."
+    import json
+    from m2kit.lm.open import open_model
+    from m2kit.rubrics.agreement import agreement_file
+    print(json.dumps(agreement_file(args.generated, args.experts, args.referee and open_model(args.referee, args.log), args.seed), indent=1))
+    return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #cell-35
+def training(
+    spec: str, # a model's
+):             # a function of (step, nats per token)
+    "Progress of a tiny model's training, on one line of stderr."
+    def tell(step, nats): print(f"\rtraining {spec}, once: step {step + 1}, {nats:.2f} nats a token ", end="", file=sys.stderr, flush=True)
+    return tell
+
+# %% ../../nbs/reproduce/cli.ipynb #cell-38
 class Parser(argparse.ArgumentParser):
     "argparse, with its errors as one line that names the way out."
     def error(self, message): raise UserError(f"{message} (see {self.prog} --help)")
@@ -211,7 +373,7 @@ def parser() -> Parser:
         sub.set_defaults(run=f)
     return p
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-27
+# %% ../../nbs/reproduce/cli.ipynb #cell-39
 def main(
     argv=None, # the words after `m2kit`; those of the command line by default
 ) -> int:
