@@ -20,7 +20,7 @@ from ..clinic.language import PARTS, composition, read_clauses, words_by_part
 from ..core.errors import UserError
 from ..core.run import Run
 from ..rubrics.reference import wanted
-from .rewards import as_rubric
+from .rewards import as_rubric, guarded, name_of
 
 # %% ../../nbs/train/grpo.ipynb #cell-6
 def group_advantage(
@@ -38,14 +38,15 @@ def policy_loss(
     logp, old_logp,          # (B, T) log-probabilities of the sampled tokens, now and when they were sampled
     advantage,               # (B,)
     mask,                    # (B, T), 1 where there is a token
-    l_max: int,              # the constant that the sum over tokens is divided by
+    l_max: int | None,       # the constant that the sum over tokens is divided by; None divides by the answer's own length, as GRPO first did
     eps_low: float = .2, eps_high: float = .28, # clip range of the ratio; not told in the paper, these are DAPO's
 ) -> tuple:                  # the loss (a scalar), and the share of tokens at which the clip binds
-    "Minus equation 2: token sums over l_max, averaged over the answers."
+    "Minus equation 2: token sums over l_max, averaged over the answers. Divided by the own length, a long bad answer is punished less a token (Dr. GRPO, Liu et al. 2025)."
+    if not l_max: mask = mask/mask.sum(1, keepdim=True).clamp(min=1)
     ratio, a = (logp - old_logp).exp(), advantage[:, None]
     gain, clipped = ratio*a, ratio.clamp(1 - eps_low, 1 + eps_high)*a
-    binds = (clipped < gain).float()*mask
-    return -(torch.min(gain, clipped)*mask).sum()/(l_max*len(mask)), (binds.sum()/mask.sum().clamp(min=1)).item()
+    binds = (clipped < gain)[mask > 0].float()
+    return -(torch.min(gain, clipped)*mask).sum()/((l_max or 1)*len(mask)), binds.mean().item() if len(binds) else 0.
 
 # %% ../../nbs/train/grpo.ipynb #cell-15
 def sample_tokens(
@@ -66,6 +67,7 @@ class Rollout:
     mask: torch.Tensor     # (B, T), 1 on the answer's tokens
     ended: torch.Tensor    # (B,), False where an answer was cut off
     texts: list            # B str
+    learned: torch.Tensor | None = None # (B, T), 1 on the tokens that the policy wrote, where others are among them; by default all of `mask`
 
     @property
     def lengths(self):
@@ -239,7 +241,7 @@ class GRPOConfig:
     group: int = 8           # G
     steps: int = 100
     max_new: int = 192       # longest answer, in tokens
-    l_max: int = 192         # the constant of equation 2
+    l_max: int | None = 192  # the constant of equation 2; None divides by the answer's own length
     lr: float = 3e-4
     eps_low: float = .2
     eps_high: float = .28
@@ -248,10 +250,11 @@ class GRPOConfig:
     clip_grad: float = 1.
     seed: int = 0
     save_every: int = 20     # steps between checkpoints
+    patience: float = 600.   # seconds that one call of a reward may take
 
     def __post_init__(self):
-        for k in ("prompts", "group", "steps", "max_new", "l_max", "lr", "updates", "save_every"):
-            if not getattr(self, k) > 0: raise UserError(f"GRPOConfig: {k} is {getattr(self, k)}; it must be above 0")
+        for k in ("prompts", "group", "steps", "max_new", "l_max", "lr", "updates", "save_every", "patience"):
+            if getattr(self, k) is not None and not getattr(self, k) > 0: raise UserError(f"GRPOConfig: {k} is {getattr(self, k)}; it must be above 0")
         if self.group < 2: raise UserError(f"GRPOConfig: group is {self.group}; answers are compared within a group, so take 2 or more")
         if not 0 < self.eps_low < 1: raise UserError(f"GRPOConfig: eps_low is {self.eps_low}; it lies between 0 and 1")
 
@@ -263,16 +266,16 @@ def update(
     cfg: GRPOConfig,           # l_max, the clip range, the number of updates
 ) -> dict:                     # entropy (nats a token), clipped share, gradient norm
     "The optimiser steps of one batch of rollouts."
-    old = None
+    old, mask = None, ro.mask if ro.learned is None else ro.learned
     for _ in range(cfg.updates):
         logp, entropy = answer_logps(model, ro)
         old = logp.detach() if old is None else old
-        loss, clipped = policy_loss(logp, old, advantage, ro.mask, cfg.l_max, cfg.eps_low, cfg.eps_high)
+        loss, clipped = policy_loss(logp, old, advantage, mask, cfg.l_max, cfg.eps_low, cfg.eps_high)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
         optimizer.step()
-    return dict(entropy=(entropy.sum()/ro.mask.sum()).item(), clipped=clipped, grad_norm=norm.item(), loss=loss.item())
+    return dict(entropy=((entropy*mask).sum()/mask.sum()).item(), clipped=clipped, grad_norm=norm.item(), loss=loss.item())
 
 # %% ../../nbs/train/grpo.ipynb #cell-45
 def describe(
@@ -299,15 +302,12 @@ def grade(
     rewards,               # list of rewards in TRL's shape; the first is the score, the rest are bonuses
     rows: list,            # N tasks: dicts with "prompt" and whatever columns the rewards want
     ro: Rollout,           # G answers to each
+    patience: float = 600.,# seconds that one reward may take
 ) -> tuple:                # (N, G) float arrays: the first reward, and the sum of the others; nan where unknown
     "Ask the rewards about a batch of answers."
     each = {k: [r[k] for r in rows for _ in range(ro.group)] for k in rows[0] if k != "prompt"}
     args = dict(prompts=[r["prompt"] for r in rows for _ in range(ro.group)], completions=[[dict(role="assistant", content=t)] for t in ro.texts], completion_ids=ro.completion_ids)
-    out = []
-    for f in rewards:
-        r = f(**args, **each)
-        if len(r) != len(ro.texts): raise UserError(f"reward {f.__name__} gave {len(r)} numbers for {len(ro.texts)} completions; give one for each")
-        out.append(np.array([np.nan if x is None else x for x in r], float).reshape(len(rows), -1))
+    out = [np.array([np.nan if x is None else x for x in guarded(f, patience)(**args, **each)], float).reshape(len(rows), -1) for f in rewards]
     return out[0], sum(out[1:], np.zeros_like(out[0]))
 
 # %% ../../nbs/train/grpo.ipynb #cell-50
@@ -319,7 +319,8 @@ def grpo_step(
 ) -> dict:                  # what `describe` and `update` say
     "Rollout, reward, advantage, update."
     ro = rollout(model, tokenizer, [r["prompt"] for r in rows], cfg.group, cfg.max_new, seed)
-    scores, bonus = grade(rewards, rows, ro)
+    scores, bonus = grade(rewards, rows, ro, cfg.patience)
+    if not np.isfinite(scores + bonus).any(): raise UserError(f"no reward of this step is known: {', '.join(map(name_of, rewards))} gave None or nan for all {scores.size} answers; nothing can be learned from them")
     advantage = group_advantage(torch.tensor(scores + bonus, dtype=torch.float32), cfg.scale).flatten()
     rubrics = [as_rubric(r["rubric"]) for r in rows] if "rubric" in rows[0] else None
     return describe(ro, scores, bonus, rubrics) | update(model, optimizer, ro, advantage, cfg)
@@ -353,11 +354,12 @@ def load_state(
 # %% ../../nbs/train/grpo.ipynb #cell-52
 def train(
     model, tokenizer,     # the policy, trained in place
-    tasks: list,          # rows to draw from: dicts with "prompt" (messages) and columns
+    tasks,                # rows to draw from: dicts with "prompt" (messages) and columns; or a function from the step to its rows
     rewards: list,        # in TRL's shape; the first is the score
     cfg: GRPOConfig,      # sizes, rates, seed
     run: Run,             # where metrics and state are kept; a run that was killed goes on
-    tell=None,            # called with each step's row
+    tell=None,            # called with each step's row; what it raises stops the training (`train.monitors`)
+    probe=None,           # () -> dict, asked every `save_every` steps and at the end; goes into the step's row
 ) -> list[dict]:          # the metrics of all steps
     "Train `model` in place with equation 2."
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(.9, .95), weight_decay=0.)
@@ -365,9 +367,11 @@ def train(
     if state.exists(): start = load_state(state, model, optimizer)
     run.rewind(start)
     for step in range(start, cfg.steps):
-        rows = random.Random(f"{cfg.seed}/{step}").sample(tasks, cfg.prompts)
+        rows = tasks(step) if callable(tasks) else random.Random(f"{cfg.seed}/{step}").sample(tasks, cfg.prompts)
         row = dict(step=step) | grpo_step(model, tokenizer, optimizer, rows, rewards, cfg, seed=cfg.seed*1_000_003 + step)
+        whole = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
+        if probe and whole: row |= probe()
         run.log(**row)
         if tell: tell(row)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps: save_state(state, model, optimizer, step + 1)
+        if whole: save_state(state, model, optimizer, step + 1)
     return run.rows()

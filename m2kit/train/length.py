@@ -6,15 +6,13 @@
 __all__ = ['SETTING', 'clinic_tasks', 'answer_costs', 'typical_length', 'arm_run', 'train_arm', 'train_arms']
 
 # %% ../../nbs/train/length.ipynb #cell-4
-import inspect, os, random, time
-from concurrent.futures import ProcessPoolExecutor, wait
+import inspect, os, random
 from dataclasses import asdict
-from functools import partial
-from multiprocessing import get_context
 import numpy as np, torch
 import m2kit.train.grpo, m2kit.train.rewards, m2kit.rubrics.reference, m2kit.rubrics.rubric
 from ..clinic.synthesize import Style, answer, draw_case, opening
 from ..core.errors import UserError
+from ..core.jobs import run_jobs
 from ..core.run import Run, fingerprint, versions
 from ..lm.tiny import source_hash
 from ..rubrics.reference import ClauseGrader, reference_rubric
@@ -98,16 +96,5 @@ def train_arms(
     every: float = 20.,    # seconds between lines
 ) -> list[list[dict]]:     # metrics of each arm, in order
     "Train several arms; those that are finished already cost nothing."
-    from m2kit.train.length import train_arm   # by its module's name: another process cannot see what a notebook defines
-    if workers <= 1: return [train_arm(**a) for a in arms]
-    runs, began = [arm_run(**a) for a in arms], time.monotonic()
-    todo = sum(r.config["steps"] for r in runs)
-    first = sum(len(r.rows()) for r in runs)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(partial(train_arm, **a)) for a in arms]
-        while wait(jobs, timeout=every).not_done:
-            for j in jobs:
-                if j.done() and j.exception(): pool.shutdown(wait=False, cancel_futures=True); raise j.exception()
-            done, spent = sum(len(r.rows()) for r in runs), time.monotonic() - began
-            tell(f"{done}/{todo} steps, {spent:.0f} s" + (f", about {spent/(done - first)*(todo - done):.0f} s to go" if done > first else ""))
-    return [j.result() for j in jobs]
+    runs = [arm_run(**a) for a in arms]
+    return run_jobs("m2kit.train.length:train_arm", arms, workers, tell, every, lambda: (sum(len(r.rows()) for r in runs), sum(r.config["steps"] for r in runs)))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER_LENGTH', 'PAPER_COEF', 'text_of', 'diagnosis_reward', 'as_rubric', 'RubricReward', 'length_reward',
-           'matched_coef', 'LengthReward']
+           'matched_coef', 'LengthReward', 'name_of', 'within', 'checked', 'guarded']
 
 # %% ../../nbs/train/rewards.ipynb #cell-4
-import json, math
+import json, math, queue, threading
 import numpy as np
 from ..clinic.language import read_clauses
 from ..core.errors import UserError
@@ -100,3 +100,57 @@ class LengthReward:
         lengths = np.array([len(i) for i in completion_ids])
         bonus = np.concatenate([length_reward(s, n, **self.options) for s, n in zip(base.reshape(-1, self.group), lengths.reshape(-1, self.group))])
         return [None if np.isnan(r) else float(b) for r, b in zip(base, bonus)]
+
+# %% ../../nbs/train/rewards.ipynb #cell-27
+def name_of(
+    reward,   # a function, or an object that can be called
+) -> str:
+    "What to call a reward in a message."
+    return getattr(reward, "__name__", type(reward).__name__)
+
+def within(
+    patience: float,  # seconds
+    f, *args, **kwargs,
+):                    # what f gives; a `TimeoutError` when it takes longer. f cannot be stopped: its thread is left behind, and dies with the process
+    "Call `f`, but wait no longer than `patience`."
+    out = queue.Queue(1)
+    def work():
+        "Put what comes of it where the other thread waits."
+        try: out.put((f(*args, **kwargs), None))
+        except BaseException as e: out.put((None, e))
+    threading.Thread(target=work, daemon=True).start()
+    try: value, error = out.get(timeout=patience)
+    except queue.Empty: raise TimeoutError from None
+    if error: raise error
+    return value
+
+# %% ../../nbs/train/rewards.ipynb #cell-28
+def checked(
+    values,      # what a reward gave
+    n: int,      # completions that it was asked about
+    name: str,   # of the reward
+) -> list[float | None]: # finite numbers; None where unknown
+    "The values, or a `UserError` that says what is wrong with them."
+    try: values = list(values)
+    except TypeError: raise UserError(f"reward {name} gave {type(values).__name__} {str(values)[:40]!r}; give a list with one number for each completion") from None
+    if len(values) != n: raise UserError(f"reward {name} gave {len(values)} numbers for {n} completions; give one for each")
+    for i, v in enumerate(values):
+        try: ok = v is None or not math.isinf(v)
+        except TypeError: raise UserError(f"reward {name} gave {v!r} for completion {i}; give a number, or None where the reward is unknown") from None
+        if not ok: raise UserError(f"reward {name} gave {v} for completion {i}; give a finite number, or None where the reward is unknown")
+    return [None if v is None or math.isnan(v) else float(v) for v in values]
+
+def guarded(
+    reward,                  # in TRL's shape
+    patience: float = 600.,  # seconds that one call may take
+):                           # the same, with the rules above
+    "A reward that gives finite numbers or None, or stops with a `UserError`; never a silent zero."
+    name = name_of(reward)
+    def ask(prompts, completions, **columns):
+        try: values = within(patience, reward, prompts=prompts, completions=completions, **columns)
+        except UserError: raise
+        except TimeoutError: raise UserError(f"reward {name} took longer than {patience:g} s for {len(completions)} completions; make it faster, or give it more patience") from None
+        except Exception as e: raise UserError(f"reward {name} failed with {type(e).__name__}: {e}; mend it and go on: the run keeps its last checkpoint") from e
+        return checked(values, len(completions), name)
+    ask.__name__ = name
+    return ask
