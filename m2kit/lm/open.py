@@ -47,9 +47,10 @@ def open_replay(
 ) -> Replay:
     "The record of a model's calls, as that model."
     if not Path(path).is_file(): raise UserError(f"{path}: there is no such file; record one by running the command once with --log {path}")
-    models = CallLog(path).models()
+    log = CallLog(path)
+    models = log.models()
     if not name and len(models) != 1: raise UserError(f"{path} holds calls of {', '.join(sorted(models)) or 'no model'}; name one: replay:{path}#NAME")
-    return Replay(CallLog(path), name or next(iter(models)))
+    return Replay(log, name or next(iter(models)))
 
 # %% ../../nbs/lm/open.ipynb #cell-14
 def open_model(
@@ -65,7 +66,9 @@ def open_model(
         from m2kit.lm.server import ServerModel
         model = ServerModel(where, name, **options)
     elif kind == "tiny":
+        from transformers.utils import logging as hf_logging
         from m2kit.lm.prefix import PrefixModel
+        hf_logging.disable_progress_bar()   # it loads in no time
         model = PrefixModel(tiny(where, tell=tell), **{"batch_tokens": 2**16} | options)
     else:
         from m2kit.lm.local import LocalModel
