@@ -10,6 +10,7 @@ __all__ = ['END', 'PATIENT', 'MONOLITH', 'GREETING', 'RULES', 'STRIDE', 'affect_
 import json, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from fastcore.basics import patch
 from ..core.errors import UserError
 from ..lm.chat import ChatModel, Completion, Sampling
@@ -61,12 +62,16 @@ def sentences(
 # %% ../../nbs/simulator/affect.ipynb #cell-15
 _SAME = dict(HIRAGANA="CJK", KATAKANA="CJK", FULLWIDTH="LATIN")
 
+@lru_cache(maxsize=10_000)     # Unicode's table is slow to ask, and a dialogue uses few letters
+def _letters(c):
+    name = unicodedata.name(c, "UNKNOWN").split()[0]
+    return _SAME.get(name, name)
+
 def writing(
     text: str,
 ) -> Counter:   # letters by Unicode script, e.g. {"LATIN": 12, "CYRILLIC": 3}
     "In which letters a text is written."
-    names = (unicodedata.name(c, "UNKNOWN").split()[0] for c in text if c.isalpha())
-    return Counter(_SAME.get(n, n) for n in names)
+    return Counter(_letters(c) for c in text if c.isalpha())
 
 def _foreign(text, doctor):
     w, known = writing(text), writing(doctor)
