@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command 
 help: ## list what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
-reproduce: $(VENV)/.base ## redo the figures and tables into figures/, with figures/report.html (ARGS="--only table2" for some of them)
+reproduce: $(VENV)/.train ## redo the figures and tables into figures/, with figures/report.html (ARGS="--only table2" for some of them)
 	$(BIN)/m2kit reproduce $(ARGS)
 
 test: $(VENV)/.test ## everything that CI checks: the repository, the package, every chapter
@@ -69,9 +69,14 @@ $(VENV)/.lab: $(SOURCES) | $(VENV)/.python
 	$(INSTALL) '.[dev]'
 	@touch $(VENV)/.base $@
 
+$(VENV)/.train: $(SOURCES) | $(VENV)/.python
+	@echo "Installing what the exhibits need into $(VENV): some minutes, once."
+	$(INSTALL) '.[train]'
+	@touch $(VENV)/.base $@
+
 $(VENV)/.test: $(SOURCES) | $(VENV)/.python
 	$(INSTALL) '.[dev,train,fhir]'
-	@touch $(VENV)/.base $(VENV)/.lab $@
+	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $@
 
 # Git then merges notebooks cell by cell. The hooks call nbdev from this .venv, which need not be active.
 $(VENV)/.hooks: $(VENV)/.lab

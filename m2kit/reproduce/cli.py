@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'SCALE', 'command', 'reproduce', 'shelf', 'exhibits', 'missing', 'machine', 'lacks', 'doctor', 'file_kind',
-           'check', 'score', 'pick_script', 'consult', 'healthbench', 'typed_prompts', 'rubrics', 'agreement',
-           'training', 'Parser', 'parser', 'main']
+           'check', 'score', 'pick_script', 'consult', 'healthbench', 'typed_prompts', 'rubrics', 'agreement', 'ladder',
+           'pairwise', 'recipes', 'training', 'Parser', 'parser', 'main']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-4
 import argparse, sys
@@ -348,6 +348,57 @@ def agreement(args):
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-35
+@command("raise the tiny doctor: mid-training, SFT and three stages of RL, with the score after each", """
+    m2kit ladder                                        every stage, in about six minutes on one core; what is finished is found again
+    m2kit ladder --stages base,midtrain,sft,rule        some of them, in any order that has a start
+    m2kit ladder --stages rubric --start runs/rule-xxxx/checkpoint --seed 2""",
+    (["--stages"], dict(default="base,midtrain,sft,rule,rubric,multiturn", metavar="A,B,...", help="in the order in which they run; default: all")),
+    (["--start"], dict(metavar="DIR", help="the checkpoint to begin with, where the first stage is not base")),
+    (["--seed"], dict(type=int, default=0, metavar="N", help="of every stage but the base, which all seeds share; default: 0")),
+    (["--no-scores"], dict(action="store_true", help="train only")))
+def ladder(args):
+    "Run the stages and print a row each."
+    from m2kit.train.stages import ladder as run
+    for r in run(args.stages, args.seed, args.start, tell=lambda line: print(line, file=sys.stderr), **dict(n=0) if args.no_scores else {}):
+        scores = "".join(f"  {k} {r[k]:.2f}" for k in ("score", "diagnosis", "fact_finding") if k in r)
+        print(f"{r['stage']:10}{r['cpu']:6.0f} s{scores}  {r['path']}")
+    return 0
+
+@command("compare two policies on five dimensions, in both orders", """
+    m2kit pairwise tiny:doctor runs/rubric-xxxx/checkpoint --judge oracle                 the clinic's own knowledge judges
+    m2kit pairwise URL#new URL#old --judge URL#judge --rows cases.jsonl --out runs/pairs  rows with id and prompt (messages)""",
+    (["first"], dict(metavar="SPEC", help="a policy: a checkpoint folder, tiny:doctor, URL#NAME, replay:FILE")), (["second"], dict(metavar="SPEC", help="the other")),
+    (["--judge"], dict(metavar="SPEC", required=True, help="a model, or oracle: the clinic's lookup, for the clinic's own cases")),
+    (["--rows"], dict(metavar="FILE", help="cases, one JSON object a line: id and prompt; default: cases of the clinic")),
+    (["--n"], dict(type=int, default=57, metavar="N", help="cases of the clinic; default: 57, as in the paper")),
+    (["--max-tokens"], dict(type=int, default=224, metavar="N", help="longest answer; default: 224, enough for the tiny doctor")),
+    (["--seed"], dict(type=int, default=0, metavar="N", help="of the answers; default: 0")),
+    (["--out"], dict(metavar="DIR", help="keep calls and result there; a killed run goes on from it")))
+def pairwise(args):
+    "Print the table of preferences."
+    if args.n < 1 or args.max_tokens < 1: raise UserError("--n and --max-tokens are whole numbers, at least 1")
+    from m2kit.core.run import read_jsonl
+    from m2kit.evaluate.pairwise import LMPairJudge, OraclePairJudge, clinic_pairs, run_pairwise
+    from m2kit.lm.chat import Sampling
+    from m2kit.lm.open import open_model
+    if args.rows and not (rows := read_jsonl(args.rows)): raise UserError(f"{args.rows}: no such file, or no rows in it; give one JSON object a line with id and prompt")
+    judge = OraclePairJudge() if args.judge == "oracle" else LMPairJudge(open_model(args.judge))
+    c = run_pairwise(open_model(args.first), open_model(args.second), judge, rows if args.rows else clinic_pairs(args.n), args.out, Sampling(max_tokens=args.max_tokens, seed=args.seed), (args.first, args.second), tell=lambda t: print(t, file=sys.stderr))
+    print(c.table().to_string())
+    return 0
+
+@command("write the recipes for many cards: accelerate, FSDP, DeepSpeed, TRL, verl", """
+    m2kit recipes --out recipes --cards 32 --model Qwen/Qwen2.5-32B""",
+    (["--out"], dict(default="recipes", metavar="DIR", help="where to; default: recipes")), (["--cards"], dict(type=int, default=32, metavar="N", help="GPUs in all; default: 32")),
+    (["--per-node"], dict(type=int, default=8, metavar="N", help="GPUs a machine; default: 8")), (["--model"], dict(default="Qwen/Qwen2.5-32B", metavar="NAME", help="a folder or a name; default: the paper's base model")),
+    (["--family"], dict(default="qwen2", metavar="TYPE", help="its model_type; default: qwen2")))
+def recipes(args):
+    "Write them."
+    from m2kit.train.configs import write_recipes
+    for p in write_recipes(args.out, args.cards, args.per_node, args.model, args.family): print(p)
+    return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #cell-37
 def training(
     spec: str, # a model's
 ):             # a function of (step, nats per token)
@@ -355,7 +406,7 @@ def training(
     def tell(step, nats): print(f"\rtraining {spec}, once: step {step + 1}, {nats:.2f} nats a token ", end="", file=sys.stderr, flush=True)
     return tell
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-38
+# %% ../../nbs/reproduce/cli.ipynb #cell-40
 class Parser(argparse.ArgumentParser):
     "argparse, with its errors as one line that names the way out."
     def error(self, message): raise UserError(f"{message} (see {self.prog} --help)")
@@ -373,7 +424,7 @@ def parser() -> Parser:
         sub.set_defaults(run=f)
     return p
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-39
+# %% ../../nbs/reproduce/cli.ipynb #cell-41
 def main(
     argv=None, # the words after `m2kit`; those of the command line by default
 ) -> int:
