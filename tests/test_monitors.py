@@ -1,4 +1,4 @@
-"The monitors on real trainings: five healthy ones and four failures, recorded in data/monitors and watched again here; the slow test trains them anew."
+"The monitors on real trainings: five healthy ones and four failures, recorded in data/monitors and watched again here; `-m long` trains them anew."
 import json, random
 from pathlib import Path
 import numpy as np
@@ -109,7 +109,7 @@ def test_a_reader_who_stops_the_run_is_heard_first(toy, tmp_path):
     with pytest.raises(UserError, match="enough"):
         watched(fresh(), tok, tasks, [lambda completions, **c: [0.]*len(completions)], GRPOConfig(prompts=2, group=2, steps=2, max_new=4, l_max=4), Run("x", {}, tmp_path), watchers(), tell=enough)
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_them_all_again(tmp_path):
     "Five healthy runs and four failures, trained here; about ten minutes of one core."
     from m2kit.train.sft import tiny_doctor

@@ -76,7 +76,7 @@ tok = make_tokenizer(["I have a cough and a fever.", "Order a chest X-ray.", "Li
 trl_train(fresh(tok), tok, TASKS, [vowels], replace(TOY, steps=8), Run(sys.argv[1], {}, base=sys.argv[2]), tell=lambda row: time.sleep(float(sys.argv[3])))
 """
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_outright_it_goes_on(tmp_path):
     "SIGKILL at some step, then again: the rows are those of a run that was never touched."
     def start(name, pause): return subprocess.Popen([sys.executable, "-c", KILLED, name, str(tmp_path), str(pause)], cwd=Path(__file__).parent, env=os.environ | dict(PYTHONPATH=str(root())))
@@ -91,7 +91,7 @@ def test_killed_outright_it_goes_on(tmp_path):
     whole = Run("whole", {}, base=tmp_path).rows()
     assert Run("cut", {}, base=tmp_path).rows() == whole and len(whole) == 8
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["cpu", "fsdp2"])
 def test_two_processes(tmp_path, kind):
     "The recipe's script under `accelerate launch`. On a CPU accelerate leaves FSDP aside and both kinds run as plain data parallelism: of the FSDP file this tests the launch only."
