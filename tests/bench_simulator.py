@@ -65,9 +65,9 @@ def table():
 
 @pytest.mark.slow
 def test_batching_pays():
-    """64 dialogues at once on the machine's two cores run 8 times as fast as one after the other.
+    """64 dialogues at once run several times as fast as one after the other, and a second process helps.
 
-    One core alone does about half of that: a single dialogue already forgets nothing that it has read, so its 64 neighbours only share the overhead of a step."""
+    The aim was 8 times; 3.5 on one core and 6.3 on two were measured. One dialogue already forgets nothing that it has read, so its 64 neighbours share only the overhead of a step."""
     rate = table()
     assert rate[64] >= 2.5*rate[1] and rate["pool"] >= 1.5*rate[64], rate
 
