@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'GENERIC', 'FOUND', 'OPEN', 'CLOSES', 'VERDICTS', 'FORMS', 'MARKS', 'RECIPE', 'vocabulary', 'patchwork',
            'draw_talk', 'garble', 'draw_answer', 'draw_criteria', 'right_reply', 'draw_lesson', 'grader_tokenizer',
-           'look_back', 'lookup_', 'teach', 'grader_recipe', 'tiny_grader', 'kind_of', 'examine_grader']
+           'lookup_', 'teach', 'grader_recipe', 'tiny_grader', 'kind_of', 'examine_grader']
 
 # %% ../../nbs/rubrics/tiny_grader.ipynb #cell-4
 import inspect, json, math, random
@@ -144,25 +144,7 @@ def grader_tokenizer(
     for b in blocks: texts = [t.replace(b, "\n") for t in texts]
     return make_tokenizer(texts, terms() | set(GENERIC.values()), blocks, vocab=600)
 
-# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-26
-def _fill(d, dims, rows):
-    "A matrix (d, hidden): `rows` at `dims`, zero elsewhere."
-    import torch
-    out = torch.zeros(d, rows.shape[-1])
-    out[dims] = rows
-    return out
-
-def look_back(
-    freq, fast,    # (d/2,) rotary frequencies, radians a token; the indices of those that are used
-    n: int,        # tokens back; 0 gives the key
-    hidden: int,   # width of the model
-):                 # (d, hidden)
-    "The query matrix of a head that looks `n` tokens back, whatever the tokens are: they all have coordinate 0 in common."
-    import torch
-    d, one, turn = 2*len(freq), torch.eye(1, hidden), n*freq[fast][:, None]
-    return _fill(d, fast, turn.cos()*one) - _fill(d, fast + d//2, turn.sin()*one)
-
-# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-29
+# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-28
 def _roles(attention, queries, keys, values, into, gain):
     "Add a head for each query; heads of one key head share key and value."
     d, groups = attention.head_dim, attention.num_key_value_groups
@@ -179,6 +161,7 @@ def lookup_(
 ):                  # the model
     "Start the three layers as look back, look up, fetch."
     import torch
+    from m2kit.lm.lookup import look_back, place
     H, layers, theta = model.config.hidden_size, [l.self_attn for l in model.model.layers], model.config.rope_parameters["rope_theta"]
     d, half = layers[0].head_dim, layers[0].head_dim//2
     freq = theta**(-torch.arange(half)/half)
@@ -186,7 +169,7 @@ def lookup_(
     basis = torch.linalg.qr(torch.randn(H - 1, H - 1, generator=torch.Generator().manual_seed(seed))).Q
     same, *back, far = torch.nn.functional.pad(basis, (1, 0, 0, 1)).split(d)         # who a token is; who stood one, two, and about a dozen before it
     look, wide = ([look_back(freq, dims, n, H) for n in range(15)] for dims in (fast, middle))
-    alike = _fill(d, torch.cat([slow, slow + half]), same[:2*len(slow)])
+    alike = place(d, torch.cat([slow, slow + half]), same[:2*len(slow)])
     with torch.no_grad():
         model.model.embed_tokens.weight *= 10
         model.model.embed_tokens.weight[:, 0] = 1.8           # the coordinate that all tokens share
@@ -198,7 +181,7 @@ def lookup_(
         _roles(layers[2], [look[4], look[6]]*2, [look[0]]*2, [same, back[0]], [same, same, back[0], back[0]], 2*gain)
     return model
 
-# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-31
+# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-30
 RECIPE = dict(hidden=128, heads=4, kv_heads=2, ff=384, context=2048, theta=1e6, steps=160, batch=8, lr=5e-3, muon_lr=4e-3, weight=4., long=.07, seed=0)
 
 def _new_model(tokenizer, r):
@@ -213,7 +196,7 @@ def _new_model(tokenizer, r):
     model.generation_config = first.generation_config
     return lookup_(model, r["seed"])
 
-# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-32
+# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-31
 def teach(
     model, tokenizer,   # the model is trained in place
     recipe: dict,       # steps, batch, rates, seed
@@ -236,7 +219,7 @@ def teach(
             o.step(); o.zero_grad()
         if tell and step % 20 == 19: tell(step, loss.item())
 
-# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-33
+# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-32
 def grader_recipe(
     **changes,     # of `RECIPE`
 ) -> dict:
@@ -268,7 +251,7 @@ def tiny_grader(
         return model.eval(), tokenizer
     return cached_checkpoint("grader", recipe, build, base)
 
-# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-38
+# %% ../../nbs/rubrics/tiny_grader.ipynb #cell-37
 def kind_of(
     criterion: Criterion,   # one of the clinic's
 ) -> str:
