@@ -18,7 +18,7 @@ from ..clinic.knowledge import conditions
 from ..clinic.language import read_clauses
 from ..clinic.synthesize import draw_case, opening, plan
 from ..core.errors import UserError, choose
-from ..core.jobs import run_jobs
+from ..core.jobs import run_jobs, steps_of
 from ..core.run import Run, fingerprint, versions
 from ..lm.tiny import source_hash
 from ..rubrics.reference import ClauseGrader
@@ -235,5 +235,4 @@ def train_arms(
     every: float = 20.,    # seconds between lines
 ) -> list[list[dict]]:     # metrics of each arm, in order
     "Train several arms; those that are finished already cost nothing."
-    runs = [arm_run(**a) for a in arms]
-    return run_jobs("m2kit.train.experiments:train_arm", arms, workers, tell, every, lambda: (sum(len(r.rows()) for r in runs), sum(r.config["steps"] for r in runs)))
+    return run_jobs("m2kit.train.experiments:train_arm", arms, workers, tell, every, steps_of([arm_run(**a) for a in arms]))

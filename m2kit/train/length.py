@@ -12,7 +12,7 @@ import numpy as np, torch
 import m2kit.train.grpo, m2kit.train.rewards, m2kit.rubrics.reference, m2kit.rubrics.rubric
 from ..clinic.synthesize import Style, answer, draw_case, opening
 from ..core.errors import UserError
-from ..core.jobs import run_jobs
+from ..core.jobs import run_jobs, steps_of
 from ..core.run import Run, fingerprint, versions
 from ..lm.tiny import source_hash
 from ..rubrics.reference import ClauseGrader, reference_rubric
@@ -96,5 +96,4 @@ def train_arms(
     every: float = 20.,    # seconds between lines
 ) -> list[list[dict]]:     # metrics of each arm, in order
     "Train several arms; those that are finished already cost nothing."
-    runs = [arm_run(**a) for a in arms]
-    return run_jobs("m2kit.train.length:train_arm", arms, workers, tell, every, lambda: (sum(len(r.rows()) for r in runs), sum(r.config["steps"] for r in runs)))
+    return run_jobs("m2kit.train.length:train_arm", arms, workers, tell, every, steps_of([arm_run(**a) for a in arms]))
