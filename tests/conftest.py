@@ -15,6 +15,15 @@ def healthy(p, port, out):
     try: return direct.open(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
     except OSError: time.sleep(.2); return False
 
+@pytest.fixture(scope="module")
+def one_thread():
+    "torch on one thread, as the trainings run."
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory):
     "A function from a checkpoint to a generator of one address: `transformers serve` runs until the generator ends."

@@ -19,12 +19,7 @@ from m2kit.train.sft import clinic_tokenizer, load_doctor, tiny_doctor
 LMAX = 24
 CASES = [draw_case(random.Random(i)) for i in range(16)]
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def tok(): return clinic_tokenizer()

@@ -20,12 +20,7 @@ TOY = GRPOConfig(prompts=4, group=4, steps=2, max_new=12, l_max=12, lr=3e-3, sav
 ASKS = [[dict(role="user", content=t)] for t in ("I have a cough.", "I have a fever and a cough.")]
 TASKS = [dict(prompt=a) for a in ASKS]*4
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def tok(): return make_tokenizer(["I have a cough and a fever.", "Order a chest X-ray.", "Likely gout."]*20, terms=["gout"], vocab=280)
