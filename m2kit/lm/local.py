@@ -77,7 +77,7 @@ def draw(
         p, ids = p.sort(descending=True, stable=True)
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)       # the token that crosses top_p still counts
     c = p.cumsum(-1)
-    at = (c <= u[:, None].to(c)*c[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    at = torch.searchsorted(c, u[:, None].to(c)*c[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
     return (at if ids is None else ids.gather(-1, at)).squeeze(-1)
 
 # %% ../../nbs/lm/local.ipynb #cell-23
@@ -215,7 +215,7 @@ def chat(self: LocalModel,
     dialogues = check_dialogues(dialogues)
     samples = sample_indices(dialogues) if samples is None else samples
     prompts, out = self.encode(dialogues, sampling.max_tokens), [None]*len(dialogues)
-    seeds = [answer_seed(d, sampling, k) for d, k in zip(dialogues, samples, strict=True)]
+    seeds = [answer_seed(d, sampling, k) if sampling.temperature else 0 for d, k in zip(dialogues, samples, strict=True)]
     for part in plan_batches([len(p) for p in prompts], sampling.max_tokens, self.batch_tokens):
         try: rows = self._generate([prompts[i] for i in part], sampling, [seeds[i] for i in part])
         except torch.OutOfMemoryError: raise UserError(f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a smaller batch_tokens") from None
