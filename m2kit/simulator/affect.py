@@ -71,6 +71,7 @@ def writing(
     text: str,
 ) -> Counter:   # letters by Unicode script, e.g. {"LATIN": 12, "CYRILLIC": 3}
     "In which letters a text is written."
+    if text.isascii(): return +Counter(LATIN=sum(map(str.isalpha, text)))
     return Counter(_letters(c) for c in text if c.isalpha())
 
 def _foreign(text, doctor):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'CONSULT', 'OPENING', 'WHY', 'TurnRecord', 'metered', 'PatientSimulator', 'rollouts', 'Scripted', 'Asked',
-           'ModelDoctor', 'as_doctor', 'Transcript', 'simulate', 'save_transcripts', 'load_transcripts']
+           'ModelDoctor', 'as_doctor', 'Transcript', 'Recited', 'simulate', 'save_transcripts', 'load_transcripts']
 
 # %% ../../nbs/simulator/patient.ipynb #cell-4
 import html
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from fastcore.basics import patch
 from pydantic import TypeAdapter, ValidationError
@@ -261,6 +262,14 @@ def _next(self: PatientSimulator, script, doctor, dialogue, n, sample):
     return replace(r, troubles=troubles + r.troubles, calls={**calls, **r.calls}, seconds={**seconds, **r.seconds})
 
 # %% ../../nbs/simulator/patient.ipynb #cell-35
+class Recited:
+    "A script that remembers its text, for as long as a dialogue lasts."
+    def __init__(self,
+        script,     # anything with `text`
+    ): self.script, self.text = script, cache(lambda **parts: script.text(**parts))
+    def __getattr__(self, name): return getattr(self.script, name)
+
+# %% ../../nbs/simulator/patient.ipynb #cell-38
 @patch
 def talk(self: PatientSimulator,
     script, doctor,        # who meets whom; the doctor as `as_doctor` gives it
@@ -270,7 +279,7 @@ def talk(self: PatientSimulator,
     on_turn=None,          # on_turn(record)
 ):                         # a generator that yields `Call`s and returns (turns, ended, notes)
     "A dialogue from its start to its end."
-    dialogue, turns = list(start), []
+    script, dialogue, turns = Recited(script), list(start), []
     spoken = int(bool(dialogue) and dialogue[-1]["role"] == "assistant")
     for n in range(-spoken, max_turns - spoken):
         r = yield from self._next(script, doctor, dialogue, n, sample)
@@ -281,7 +290,7 @@ def talk(self: PatientSimulator,
         if r.gate.stop or r.ended: return turns, r.gate.trigger or "end", ()
     return turns, "limit", ()
 
-# %% ../../nbs/simulator/patient.ipynb #cell-37
+# %% ../../nbs/simulator/patient.ipynb #cell-40
 def _settings(sim, sample):
     "What made a dialogue, for its transcript."
     block = {PATIENT: "PATIENT", MONOLITH: "MONOLITH"}.get(sim.affect.block, "custom")
@@ -311,7 +320,7 @@ def simulate(
     return [Transcript(s.id, d.name, tuple(turns), ended, dict(settings, sample=k), tuple(start), notes)
             for s, d, k, start, (turns, ended, notes) in zip(scripts, who, samples, starts, out)]
 
-# %% ../../nbs/simulator/patient.ipynb #cell-47
+# %% ../../nbs/simulator/patient.ipynb #cell-50
 _STYLE = dict(bad="color:#D55E00", good="color:#009E73", dim="opacity:.65", box="border:1px solid;border-radius:3px;padding:0 .3em;font-size:85%;white-space:nowrap")
 
 def _tag(text, style="dim"): return f'<span style="{_STYLE[style]};{_STYLE["box"]}">{html.escape(text)}</span>'
@@ -329,7 +338,7 @@ def _gate(r) -> str:
     if r.gate.stop: return _tag(r.gate.trigger, "bad")
     return _tag("unreadable", "bad") if r.gate.fault else _tag("goes on", "good") if "gate" in r.calls else ""
 
-# %% ../../nbs/simulator/patient.ipynb #cell-48
+# %% ../../nbs/simulator/patient.ipynb #cell-51
 @patch
 def _row(self: TurnRecord, n):
     "The turn as a row of the table."
@@ -346,7 +355,7 @@ def _repr_html_(self: Transcript) -> str:
     return (f"<p><b>{html.escape(self.script)}</b> and the doctor {html.escape(self.doctor)}: {len(self.turns)} turns; {html.escape(self.why)}.</p>"
             f"<table><tr>{head}</tr>{''.join(r._row(i) for i, r in enumerate(self.turns, 1))}</table>{notes}")
 
-# %% ../../nbs/simulator/patient.ipynb #cell-52
+# %% ../../nbs/simulator/patient.ipynb #cell-55
 def _plain(text: str) -> str:
     "Text that means nothing to Markdown or HTML, on one line."
     return " ".join(html.escape(text, quote=False).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("[", "\\[").split())
@@ -362,7 +371,7 @@ def _repr_markdown_(self: Transcript) -> str:
     notes = [f"- {_plain(str(x))}" for x in self.notes]
     return "\n".join([f"**{_plain(self.script)}** and the doctor {_plain(self.doctor)}: {len(self.turns)} turns; {_plain(self.why)}.", "", *rows, "", *notes])
 
-# %% ../../nbs/simulator/patient.ipynb #cell-55
+# %% ../../nbs/simulator/patient.ipynb #cell-58
 _JSON = TypeAdapter(Transcript)
 
 def save_transcripts(

@@ -15,9 +15,10 @@ from .patient import rollouts, simulate
 # %% ../../nbs/simulator/pool.ipynb #cell-6
 def _open(opener, options):
     "In a new worker: one thread, one simulator."
-    import torch
+    import os, torch
     global SIMULATOR
     torch.set_num_threads(1)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")   # nor should tokenizers take the other workers' cores
     SIMULATOR = named(opener)(**options)
 
 def _work(method, *args, **options):
