@@ -121,6 +121,6 @@ def chat(self: ForkModel,
                 answers = self._continue([prompts[i] for i in part], sampling, [seeds[i] for i in part], n, cache)
             except torch.OutOfMemoryError: raise UserError(f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a smaller batch_tokens") from None
             for i, row in zip(part, answers):
-                out[i] = self._completion(prompts[i], row, sampling)
+                out[i] = self._completion(prompts[i], row, sampling, self.ends)
                 if on_done: on_done(i, out[i])
     return out

@@ -198,10 +198,10 @@ def _generate(self: LocalModel, prompts: list, sampling: Sampling, seeds: list) 
 
 # %% ../../nbs/lm/local.ipynb #cell-41
 @patch
-def _completion(self: LocalModel, prompt: list, row: list, sampling: Sampling) -> Completion:
+def _completion(self: LocalModel, prompt: list, row: list, sampling: Sampling, ends: list) -> Completion:
     "The answer that the token ids `row` spell."
     text, hit = cut_at_stop(self.tok.decode(row, skip_special_tokens=True), sampling.stop)
-    ended = row[-1] in self.ends
+    ended = row[-1] in ends
     return Completion(text, len(prompt), len(row) - (hit and ended), "stop" if hit or ended else "length")
 
 @patch
@@ -214,12 +214,12 @@ def chat(self: LocalModel,
     "One completion per dialogue, in order."
     dialogues = check_dialogues(dialogues)
     samples = sample_indices(dialogues) if samples is None else samples
-    prompts, out = self.encode(dialogues, sampling.max_tokens), [None]*len(dialogues)
+    prompts, out, ends = self.encode(dialogues, sampling.max_tokens), [None]*len(dialogues), self.ends
     seeds = [answer_seed(d, sampling, k) if sampling.temperature else 0 for d, k in zip(dialogues, samples, strict=True)]
     for part in plan_batches([len(p) for p in prompts], sampling.max_tokens, self.batch_tokens):
         try: rows = self._generate([prompts[i] for i in part], sampling, [seeds[i] for i in part])
         except torch.OutOfMemoryError: raise UserError(f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a smaller batch_tokens") from None
         for i, row in zip(part, rows):
-            out[i] = self._completion(prompts[i], row, sampling)
+            out[i] = self._completion(prompts[i], row, sampling, ends)
             if on_done: on_done(i, out[i])
     return out

@@ -10,7 +10,7 @@ __all__ = ['BLOCK', 'ROOM', 'STRANGE', 'PRE_NORM', 'Read', 'chain', 'common', 'P
 import random, re
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import accumulate
 from fastcore.basics import patch
@@ -29,6 +29,7 @@ class Read:
     "A row of tokens and what attention made of them."
     ids: list           # n tokens
     kv: torch.Tensor | None = None # keys and values (layers, 2, 1, heads, n or more, head_dim)
+    hashes: list = field(default_factory=list)  # `chain` of its first tokens, as far as it is known
 
     @property
     def nbytes(self) -> int:
@@ -37,10 +38,11 @@ class Read:
 
 def chain(
     ids: list,      # tokens
+    known: list = (), # the first of the hashes, if they are known
 ) -> list[int]:     # one hash per whole block
     "Hashes of the prefixes that end with a block."
-    out, h = [], 0
-    for i in range(0, len(ids) - BLOCK + 1, BLOCK): out.append(h := hash((h, *ids[i:i + BLOCK])))
+    out = list(known)
+    for i in range(len(out)*BLOCK, len(ids) - BLOCK + 1, BLOCK): out.append(hash((out[-1] if out else 0, *ids[i:i + BLOCK])))
     return out
 
 def common(
@@ -59,9 +61,10 @@ class Prefixes:
 
     def find(self,
         ids: list,      # a prompt
+        hashes: list | None = None, # its `chain`
     ) -> tuple:         # (`Read` or None, how many of its tokens can be used)
         "The longest known prefix; at least one token of the prompt is left to be read."
-        for h in reversed(chain(ids)):
+        for h in reversed(chain(ids) if hashes is None else hashes):
             if (key := self.by_hash.get(h)) in self.reads and (n := common(ids, self.reads[key].ids)) >= BLOCK:
                 self.reads.move_to_end(key)
                 return self.reads[key], min(n, len(ids) - 1)
@@ -75,8 +78,8 @@ class Prefixes:
         read: Read,     # found here
     ) -> bool:          # is it the caller's to write on, and forgotten here?
         "Give an entry away, once."
-        mine = self.reads.get(key := chain(read.ids)[-1]) is read
-        if mine: self.drop(key)
+        mine = self.reads.get(read.hashes[-1]) is read
+        if mine: self.drop(read.hashes[-1])
         return mine
 
 # %% ../../nbs/lm/prefix.ipynb #cell-10
@@ -85,7 +88,7 @@ def add(self: Prefixes,
     read: Read,     # a row that was read and written
 ):
     "Remember it, and forget the parts of it that were known, and whatever is too old."
-    hashes = chain(read.ids)
+    read.hashes = hashes = chain(read.ids, read.hashes)
     if not hashes: return
     for old in {self.by_hash.get(h) for h in hashes} & self.reads.keys():
         if old == hashes[-1] or (ids := self.reads[old].ids) == read.ids[:len(ids)]: self.drop(old)
@@ -93,7 +96,7 @@ def add(self: Prefixes,
     self.reads[hashes[-1]] = read
     self.bytes += read.nbytes
     while self.bytes > self.most: self.drop(next(iter(self.reads)))
-    if len(self.by_hash) > 64*max(len(self.reads), 64): self.by_hash = {h: k for k, r in self.reads.items() for h in chain(r.ids)}
+    if len(self.by_hash) > 64*max(len(self.reads), 64): self.by_hash = {h: k for k, r in self.reads.items() for h in r.hashes}
 
 # %% ../../nbs/lm/prefix.ipynb #cell-13
 ROOM = 32  # tokens
@@ -263,10 +266,12 @@ def _set(self: PrefixModel):
 @patch
 def _rows(self: PrefixModel, prompts: list) -> list[Read]:
     "A row for each prompt, with what is known of it."
-    pasts, rows = [self.known.find(p) for p in prompts], []
-    for p, (past, n) in zip(prompts, pasts):
+    chains = [chain(p) for p in prompts]
+    pasts, rows = [self.known.find(p, h) for p, h in zip(prompts, chains)], []
+    for p, h, (past, n) in zip(prompts, chains, pasts):
         whole = past is not None and n == len(past.ids) and self.known.claim(past)
         rows.append(past if whole else past.copy(n, len(p) - n + ROOM) if past else Read([]))
+        rows[-1].hashes = h
     self.reused += sum(n for _, n in pasts)
     self.read += sum(len(p) - n for p, (_, n) in zip(prompts, pasts))
     return rows
