@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 from ..core.errors import UserError
-from .chat import Sampling, answer_seed, check_dialogues, sample_indices
+from .chat import Sampling
 from .local import LocalModel, RowSampler, StopTexts, plan_batches
 
 # %% ../../nbs/lm/fork.ipynb #cell-6
@@ -108,10 +108,8 @@ def chat(self: ForkModel,
     on_done=None,           # on_done(i, completion), batch by batch
 ) -> list:                  # of `Completion`
     "One completion per dialogue, in order."
-    dialogues = check_dialogues(dialogues)
-    samples = sample_indices(dialogues) if samples is None else samples
-    prompts, out, known, cache = self.encode(dialogues, sampling.max_tokens), [None]*len(dialogues), [], None
-    seeds = [answer_seed(d, sampling, k) for d, k in zip(dialogues, samples, strict=True)]
+    (prompts, seeds), ends, known, cache = self._asked(dialogues, sampling, samples), self.ends, [], None
+    out = [None]*len(prompts)
     self.prompted += sum(map(len, prompts))
     for n, rows in plan_prefixes(prompts, self.worth):
         for k, part in enumerate(plan_batches([len(prompts[i]) for i in rows], sampling.max_tokens, self.batch_tokens)):
@@ -121,6 +119,6 @@ def chat(self: ForkModel,
                 answers = self._continue([prompts[i] for i in part], sampling, [seeds[i] for i in part], n, cache)
             except torch.OutOfMemoryError: raise UserError(f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a smaller batch_tokens") from None
             for i, row in zip(part, answers):
-                out[i] = self._completion(prompts[i], row, sampling, self.ends)
+                out[i] = self._completion(prompts[i], row, sampling, ends)
                 if on_done: on_done(i, out[i])
     return out

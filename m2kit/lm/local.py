@@ -158,16 +158,24 @@ class LocalModel:
 
 # %% ../../nbs/lm/local.ipynb #cell-35
 @patch
+def spell(self: LocalModel,
+    texts: list[str],
+) -> list[list[int]]:   # token ids, none added
+    "Texts as tokens."
+    return self.tok(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+@patch
 def encode(self: LocalModel,
     dialogues: list,    # a batch, checked
     max_tokens: int,    # room for each answer
 ) -> list[list[int]]:   # token ids of each prompt
     "The prompts as tokens; a `UserError` for one that the template refuses or that leaves no room."
-    room, out = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), []
+    room, texts = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), []
     for i, d in enumerate(dialogues):
-        try: text = self.tok.apply_chat_template(d, tokenize=False, add_generation_prompt=True)
+        try: texts.append(self.tok.apply_chat_template(d, tokenize=False, add_generation_prompt=True))
         except Exception as e: raise UserError(f"dialogue {i}: the chat template of {self.label} refuses it ({e}); mend its roles or their order") from None
-        out.append(ids := self.tok(text, add_special_tokens=False)["input_ids"])
+    out = self.spell(texts)
+    for i, ids in enumerate(out):
         if room and len(ids) + max_tokens > room:
             way = f"Sampling(max_tokens={room - len(ids)}) or less, or a shorter dialogue" if len(ids) < room else "shorten the dialogue"
             raise UserError(f"dialogue {i}: {len(ids)} prompt tokens and max_tokens={max_tokens} exceed the {room} positions of {self.label}; {way}")
@@ -205,6 +213,13 @@ def _completion(self: LocalModel, prompt: list, row: list, sampling: Sampling, e
     return Completion(text, len(prompt), len(row) - (hit and ended), "stop" if hit or ended else "length")
 
 @patch
+def _asked(self: LocalModel, dialogues, sampling: Sampling, samples) -> tuple:
+    "What `chat` was asked: prompts as tokens, and a seed for each; without a temperature no chance is needed."
+    dialogues = check_dialogues(dialogues)
+    samples = sample_indices(dialogues) if samples is None else samples
+    return self.encode(dialogues, sampling.max_tokens), [answer_seed(d, sampling, k) if sampling.temperature else 0 for d, k in zip(dialogues, samples, strict=True)]
+
+@patch
 def chat(self: LocalModel,
     dialogues,              # a batch
     sampling=Sampling(),    # how to draw; `schema` is ignored
@@ -212,10 +227,8 @@ def chat(self: LocalModel,
     on_done=None,           # on_done(i, completion), batch by batch
 ) -> list[Completion]:
     "One completion per dialogue, in order."
-    dialogues = check_dialogues(dialogues)
-    samples = sample_indices(dialogues) if samples is None else samples
-    prompts, out, ends = self.encode(dialogues, sampling.max_tokens), [None]*len(dialogues), self.ends
-    seeds = [answer_seed(d, sampling, k) if sampling.temperature else 0 for d, k in zip(dialogues, samples, strict=True)]
+    (prompts, seeds), ends = self._asked(dialogues, sampling, samples), self.ends
+    out = [None]*len(prompts)
     for part in plan_batches([len(p) for p in prompts], sampling.max_tokens, self.batch_tokens):
         try: rows = self._generate([prompts[i] for i in part], sampling, [seeds[i] for i in part])
         except torch.OutOfMemoryError: raise UserError(f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a smaller batch_tokens") from None

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import rotate_half
 from ..core.errors import UserError
 from .chat import Sampling, cut_at_stop, dialogue
 from .local import LocalModel, draw
@@ -169,9 +170,8 @@ AttentionInterface.register("packed", packed)   # and no mask: transformers make
 PRE_NORM = ("llama", "mistral", "qwen2", "qwen3")   # `model_type`s with such layers
 
 def _turned(x, cos, sin):
-    "(1, heads, tokens, head_dim) at their positions: rotary embedding, halves as pairs."
-    a, b = x.chunk(2, -1)
-    return x*cos[:, None] + torch.cat([-b, a], -1)*sin[:, None]
+    "(1, heads, tokens, head_dim) at their positions."
+    return x*cos[:, None] + rotate_half(x)*sin[:, None]
 
 def last_only(
     layer,                    # the last decoder layer of such a network
@@ -203,7 +203,8 @@ class PrefixModel(LocalModel):
         if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"} or getattr(config, "sliding_window", None):
             raise UserError(f"{self.label}: its attention is not full in every layer, so a prefix cannot be taken over; use LocalModel")
         self.known, self.spell, self.read, self.reused = Prefixes(cache_bytes), Spelling(self.tok), 0, 0
-        self.end = self.model.get_decoder().layers[-1] if config.model_type in PRE_NORM else None
+        last = self.model.get_decoder().layers[-1] if config.model_type in PRE_NORM else None
+        self.end = None if last is None or "forward" in vars(last) else last       # a forward of its own belongs to somebody else's hook
 
 # %% ../../nbs/lm/prefix.ipynb #cell-25
 class Spelling:
@@ -217,10 +218,10 @@ class Spelling:
         except Exception: probe = ""                                   # a template with rules of its own: no pieces, then
         marks = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.content in probe]
         self.cut = re.compile(f"({'|'.join(marks)})") if marks else never
-        if self(probe)[0] != tokenizer(probe, add_special_tokens=False)["input_ids"]: self.cut = never
+        if self([probe])[0] != tokenizer(probe, add_special_tokens=False)["input_ids"]: self.cut = never
 
     def __call__(self,
-        *texts: str,
+        texts: list[str],
     ) -> list[list[int]]: # token ids, as the tokenizer gives them without adding any
         "Spell texts."
         parts = [[x for x in self.cut.split(t) if x] for t in texts]
@@ -230,19 +231,6 @@ class Spelling:
         return [[i for x in p for i in self.pieces[x]] for p in parts]
 
 # %% ../../nbs/lm/prefix.ipynb #cell-28
-@patch
-def encode(self: PrefixModel,
-    dialogues: list,    # a batch, checked
-    max_tokens: int,    # room for each answer
-) -> list[list[int]]:   # token ids of each prompt
-    "The prompts as tokens, or the `UserError` of `LocalModel.encode`."
-    room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    try: texts = self.tok.apply_chat_template(dialogues, tokenize=False, add_generation_prompt=True) if dialogues else []
-    except Exception: return LocalModel.encode(self, dialogues, max_tokens)
-    ids = self.spell(*texts)
-    return LocalModel.encode(self, dialogues, max_tokens) if any(len(x) + max_tokens > room for x in ids) else ids
-
-# %% ../../nbs/lm/prefix.ipynb #cell-30
 @patch
 def forget(self: PrefixModel):
     "To be called when the weights have changed."
@@ -262,7 +250,7 @@ def _set(self: PrefixModel):
         self.model.train(mode)
         self.model.set_attn_implementation(attention)
 
-# %% ../../nbs/lm/prefix.ipynb #cell-32
+# %% ../../nbs/lm/prefix.ipynb #cell-30
 @patch
 def _rows(self: PrefixModel, prompts: list) -> list[Read]:
     "A row for each prompt, with what is known of it."
@@ -291,7 +279,7 @@ def _feed(self: PrefixModel,
     for r, x in zip(rows, new): r.ids += x
     return out.logits[0]
 
-# %% ../../nbs/lm/prefix.ipynb #cell-33
+# %% ../../nbs/lm/prefix.ipynb #cell-31
 @patch
 def _next_tokens(self: PrefixModel, logits, streams, sampling) -> list[int]:
     "One token a row, from each row's own stream."
@@ -305,7 +293,7 @@ def _over(self: PrefixModel, row, sampling, ends) -> bool:
     if row[-1] in ends or len(row) >= sampling.max_tokens: return True
     return bool(sampling.stop) and cut_at_stop(self.tok.decode(row, skip_special_tokens=True), sampling.stop)[1]
 
-# %% ../../nbs/lm/prefix.ipynb #cell-35
+# %% ../../nbs/lm/prefix.ipynb #cell-33
 @patch
 @torch.inference_mode()
 def _generate(self: PrefixModel, prompts: list, sampling: Sampling, seeds: list) -> list[list[int]]:
@@ -316,8 +304,7 @@ def _generate(self: PrefixModel, prompts: list, sampling: Sampling, seeds: list)
         while live:
             logits = self._feed([rows[i] for i in live], [new[i] for i in live])
             for i, t in zip(live, self._next_tokens(logits, [streams[i] for i in live], sampling)): out[i].append(t); new[i] = [t]
-            over = {i for i in live if self._over(out[i], sampling, ends)}
-            for i in live:
-                if i in over: self.known.add(rows[i])
+            over = [i for i in live if self._over(out[i], sampling, ends)]
+            for i in over: self.known.add(rows[i])
             live = [i for i in live if i not in over]
     return out
