@@ -8,17 +8,6 @@ import pytest
 
 SIZES, UNITS, AGAIN = (1, 16, 64), ("gate", "affect", "facts"), 5
 
-def opened():
-    "The simulator on one thread, as `m2kit consult` opens it; each worker of a pool opens one too."
-    import torch
-    from m2kit.lm.open import tiny
-    from m2kit.lm.prefix import PrefixModel
-    from m2kit.simulator.facts import FactualUnit
-    from m2kit.simulator.patient import PatientSimulator
-    torch.set_num_threads(1)
-    patient, checker = (PrefixModel(tiny(x), batch_tokens=2**16) for x in ("patient", "checker"))
-    return PatientSimulator(patient, checker, FactualUnit(checker, at_once=1))
-
 def drawn(seed, n=max(SIZES)):
     "Patients that nobody has met, and what their doctors will say."
     from m2kit.clinic.interview import doctor_turns
@@ -56,9 +45,12 @@ def measure_pool(pool, scripts, doctors):
 
 def rounds():
     "Other patients in every round, the same for all sizes; sizes in turn, so that a busy machine disturbs all alike. A first round that is not counted pays for imports and buffers."
+    import torch
+    from m2kit.simulator.consult import open_simulator
     from m2kit.simulator.pool import SimulatorPool
-    sim, out = opened(), []
-    with SimulatorPool(2, "bench_simulator:opened") as pool:
+    torch.set_num_threads(1)                                  # as each worker of a pool does
+    sim, out = open_simulator(), []
+    with SimulatorPool(2) as pool:
         for seed in range(AGAIN + 1): out.append({n: measure(n, sim, *drawn(seed)) for n in SIZES} | {"pool": measure_pool(pool, *drawn(seed))})
     return out[1:]
 
@@ -81,6 +73,6 @@ def test_batching_pays():
 
     On two quiet cores: 5.2 times in one process, 8.4 times in two. A busy machine gives less, the second process above all, so less is asked for here."""
     times = table()
-    assert times[64] >= 3.5 and times["pool"] >= 1.4*times[64] and times["pool"] >= 6, times
+    assert times[64] >= 3.5 and times["pool"] >= 1.5*times[64] and times["pool"] >= 6, times
 
 if __name__ == "__main__": table()
