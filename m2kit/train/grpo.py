@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['group_advantage', 'clip_stats', 'policy_loss', 'sample_tokens', 'Rollout', 'pad_id', 'encode_prompts', 'positions',
-           'repeat_cache', 'Decoder', 'plain_qwen3', 'Qwen3Decoder', 'trim', 'rollout', 'body_and_head', 'answer_logps',
-           'GRPOConfig', 'mean_stats', 'update', 'describe', 'grade', 'grpo_step', 'save_state', 'load_state', 'train']
+           'between', 'repeat_cache', 'Decoder', 'plain_qwen3', 'Qwen3Decoder', 'trim', 'rollout', 'body_and_head',
+           'answer_logps', 'GRPOConfig', 'mean_stats', 'update', 'describe', 'grade', 'grpo_step', 'save_state',
+           'load_state', 'train']
 
 # %% ../../nbs/train/grpo.ipynb #cell-4
 import random
@@ -20,7 +21,7 @@ from transformers import Cache, Qwen3ForCausalLM
 from ..clinic.language import PARTS, composition, read_clauses, words_by_part
 from ..core.errors import UserError
 from ..core.run import Run
-from ..lm.local import end_ids
+from ..lm.local import end_ids, turn_tail
 from ..rubrics.reference import wanted
 from .rewards import as_rubric, guarded, name_of
 
@@ -130,6 +131,16 @@ def positions(
 ) -> torch.Tensor:        # (N, P), 0 at the first token of each row
     "Where each token stands."
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+# %% ../../nbs/train/grpo.ipynb #e422c738
+def between(
+    tokenizer, ends: list[int], # of the policy; its end tokens
+    last: int,                  # the token that the policy's turn ended with, or was cut off at
+    reply: str,                 # the user's
+) -> list[int]:                 # token ids; they begin with the template's end mark where the turn has no end
+    "What stands between the policy's turn and its next one."
+    tail = tokenizer(turn_tail(tokenizer, reply), add_special_tokens=False)["input_ids"]
+    return tail[1:] if last in ends and tail[0] in ends else tail
 
 # %% ../../nbs/train/grpo.ipynb #5b995995
 def repeat_cache(
