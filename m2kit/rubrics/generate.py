@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..clinic.case import Case
 from ..clinic.knowledge import Condition, conditions
 from ..core.errors import UserError
-from ..lm.chat import ChatModel, Completion, Sampling
+from ..lm.chat import ChatModel, Completion, Sampling, part_thinking
 from .grade import _objects
 from .rubric import DIMENSIONS, SCENARIO_TAGS, Criterion, Rubric
 
@@ -240,9 +240,9 @@ def read_json(
     text: str,       # what a model wrote
 ) -> tuple:          # (dicts in the order of their appearance, whether the text breaks off inside an object)
     "The JSON objects in a reply, thinking and prose left aside; `Unusable` when there are none."
-    text = (text or "").rpartition("</think>")[2]
+    thinking, text = part_thinking(text or "")
+    if text is None: raise Unusable(f"unfinished thinking: {thinking[-60:]!r}")
     if not text.strip(): raise Unusable("empty reply: ''")
-    if "<think>" in text: raise Unusable(f"unfinished thinking: {text[-60:]!r}")
     text = re.sub(r"(:\s*)\+(?=\d)", r"\1", text)
     found, rest = _objects(text)
     torn = "{" in rest

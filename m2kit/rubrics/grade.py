@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from ..core.errors import UserError, choose
-from ..lm.chat import ChatModel, Sampling
+from ..lm.chat import ChatModel, Sampling, part_thinking
 from .rubric import Criterion, Verdict
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-6
@@ -175,9 +175,9 @@ def read_reply(
     field: str,        # "acceptable", "unacceptable" or "criteria_met"
 ) -> Verdict:          # met is None when the reply does not say clearly; the explanation then begins with the kind of fault
     "The verdict in a grader's reply."
-    text = (text or "").rpartition("</think>")[2]
+    thinking, text = part_thinking(text or "")
+    if text is None: return _unknown("unfinished thinking", thinking[-60:])
     if not text.strip(): return _unknown("empty reply", text)
-    if "<think>" in text: return _unknown("unfinished thinking", text)
     objects, rest = _objects(text)
     said = _fields(objects)
     values = [as_bool(v) for k, v in said if k == field]

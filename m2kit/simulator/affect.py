@@ -146,7 +146,7 @@ def hear(
 ) -> Heard:
     "The reply in a completion, and what is wrong with it."
     if not completion.ok: return Heard("", (("error", str(completion.error)),))
-    text, faults, ended = _end_mark(completion.text.rpartition("</think>")[2].partition("<think>")[0], ends)
+    text, faults, ended = _end_mark(completion.text, ends)
     for kind, rule in RULES.items():
         if (found := rule(text, doctor if kind == "script" else doctor.rpartition("\n")[2])): faults.append((kind, found[0])); text = found[1]
     for kind, detail, text in _length(text, completion.finish == "length", max_words): faults.append((kind, detail))

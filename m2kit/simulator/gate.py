@@ -54,10 +54,10 @@ def read_object(
 ) -> tuple[list, str]:        # (key, value) pairs, nested ones included; what is wrong, "" when nothing is
     "The JSON in a unit's reply."
     if not completion.ok: return [], f"no reply: {completion.error}"
-    if completion.finish == "length": return [], "cut at max_tokens"
-    text = completion.text.rpartition("</think>")[2]
+    text = completion.text
+    thought = completion.thinking and not text      # reasoning that has no end
+    if completion.finish == "length": return [], "unfinished thinking" if thought else "cut at max_tokens"
     if not text.strip(): return [], "empty reply"
-    if "<think>" in text: return [], "unfinished thinking"
     objects, _ = _objects(text)
     return _fields(objects), "" if objects else f"no readable JSON: {text.strip()[:60]!r}"
 

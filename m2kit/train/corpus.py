@@ -469,8 +469,8 @@ class Rephrased:
     tries: int
 
 def _written(text, i):
-    "What a writer wrote, thinking left aside."
-    if "<think>" in (text := text.rpartition("</think>")[2].strip()): raise Unusable(f"unfinished thinking: {text[-60:]!r}")
+    "What a writer wrote."
+    text = text.strip()
     if not text: raise Unusable("empty reply: ''")
     return text, []
 

@@ -24,7 +24,7 @@ from ..lm.tiny import source_hash
 from ..rubrics.reference import ClauseGrader
 from .grpo import GRPOConfig, answer_logps, grade, group_advantage, rollout, train
 from .length import clinic_tasks
-from .rewards import LengthReward, RubricReward, diagnosis_reward, length_reward, text_of
+from .rewards import LengthReward, RubricReward, diagnosis_reward, answers_of, length_reward
 from .sft import load_doctor, tiny_doctor
 
 # %% ../../nbs/train/experiments.ipynb #cell-6
@@ -84,7 +84,7 @@ def checklist_reward(
     **columns,
 ) -> list[float]:         # 1.0 or 0.0
     "1 where the diagnosis is right, no other is named, and every clause of the checklist is said."
-    said = [{(c.kind, c.item) for c in read_clauses(text_of(t))} for t in completions]
+    said = [{(c.kind, c.item) for c in read_clauses(t)} for t in answers_of(completions)]
     right = diagnosis_reward(prompts, completions, condition)
     return [r*({tuple(x) for x in d} <= s) for r, d, s in zip(right, due, said, strict=True)]
 

@@ -29,7 +29,7 @@ from ..simulator.affect import PATIENT
 from ..simulator.fidelity import closes_at, judge_turn
 from ..simulator.patient import PatientSimulator
 from .grpo import GRPOConfig, rollout, train
-from .rewards import RubricReward, text_of
+from .rewards import RubricReward, answers_of
 from .sft import lessons, load_doctor
 
 # %% ../../nbs/train/monitors.ipynb #cell-6
@@ -328,14 +328,14 @@ def pet_reward(
     prompts, completions, **columns,  # N of each, as for any reward
 ) -> list[float]:                     # in [0, 1]
     "The share of sentences that are one fixed sentence: a grader with a favourite."
-    said = [text_of(t) for t in completions]
+    said = answers_of(completions)
     return [t.count(PET)/max(1, t.count(".")) for t in said]
 
 def mention_reward(
     prompts, completions, **columns,  # N of each
 ) -> list[float]:                     # in [0, 1]
     "Each mention of a treatment meets the next of twelve criteria: a grader that counts and does not read."
-    return [min(1., sum(c.kind == "treatment" for c in read_clauses(text_of(t)))/12) for t in completions]
+    return [min(1., sum(c.kind == "treatment" for c in read_clauses(t))/12) for t in answers_of(completions)]
 
 # %% ../../nbs/train/monitors.ipynb #cell-43
 TRIALS = dict(healthy={}, collapse=dict(lr=1e-3, max_new=96), hacking=dict(lr=5e-4), forgetting=dict(lr=5e-3, max_new=128, steps=20), drift=dict(steps=20)) # what differs from SETTING
