@@ -115,6 +115,10 @@ class Scope:
             self.calls.add(call)
             if self.ended: call.cancel()
 
+    def drop(self, call):
+        "A call has ended."
+        with self.lock: self.calls.discard(call)
+
     def end(self):
         "Cancel them all, and those that come."
         with self.lock:
