@@ -14,7 +14,7 @@ from functools import lru_cache
 from fastcore.basics import patch
 from ..core.errors import UserError
 from ..lm.chat import ChatModel, Completion, Sampling
-from ..rubrics.grade import _objects
+from ..lm.reply import json_objects
 from .calls import Call, Trouble
 from .gate import normal
 
@@ -87,7 +87,7 @@ def _json(text, doctor):
     bare = text.strip().removeprefix("```json").strip("` \n")
     try: other = bare == "null" or (bare.startswith("[") and isinstance(json.loads(bare), list))
     except (ValueError, RecursionError): other = False
-    if other or (bare.startswith("{") and _objects(bare)[0]): return f"JSON instead of speech: {text.strip()[:40]!r}", ""
+    if other or (bare.startswith("{") and json_objects(bare)[0]): return f"JSON instead of speech: {text.strip()[:40]!r}", ""
 
 def _marker(text, doctor):
     own = _TAG.match(text)

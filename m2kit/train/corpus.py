@@ -26,7 +26,7 @@ from ..core.errors import UserError, choose
 from ..core.run import data_dir
 from ..lm.chat import ChatModel, Sampling
 from ..lm.tiny import encode_dialogue, make_tokenizer
-from ..rubrics.generate import AskReport, Unusable, ask_until, read_json, section
+from ..lm.reply import AskReport, Unusable, ask_until, read_json, section
 from ..simulator import tiny_patient
 from ..simulator.patient import CONSULT
 from . import sft
