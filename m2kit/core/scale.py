@@ -20,17 +20,17 @@ class Scale:
     group: int           # answers to each
     max_new: int         # longest answer, in tokens
     context: int         # longest prompt + answer, in tokens
-    memory: float        # GB of main memory
+    memory: int          # GB of main memory
     cards: int = 0       # CUDA cards
-    card: float = 0.     # GB of memory of the largest of them
+    card: int = 0        # GB of memory of the largest of them
     model: str = ""      # the policy's checkpoint; "": made here, or named by the reader
 
 # %% ../../nbs/core/scale.ipynb #cell-6
 SCALES = {s.name: s for s in (
-    Scale("tiny", "2 CPU cores, 4 GB; no GPU, no network", "cpu", 16, 8, 192, 1024, memory=3.5),
-    Scale("small", "a model of up to about 1B parameters that you name; a CPU with 16 GB, or its card", None, 2, 4, 128, 2048, memory=15),
-    Scale("gpu", "one CUDA card, 24 GB; the extra [gpu]; a model that you name", "cuda", 16, 8, 1024, 8192, 15, cards=1, card=22),
-    Scale("paper", "a cluster: TRL on accelerate with FSDP or DeepSpeed, vLLM", "cuda", 64, 8, 4096, 8192, 60, 8, 70, "Qwen/Qwen2.5-32B"))}
+    Scale("tiny", "2 CPU cores, 4 GB; no GPU, no network", "cpu", 16, 8, 192, 1024, memory=4),
+    Scale("small", "a model of up to about 1B parameters that you name; a CPU with 16 GB, or its card", None, 2, 4, 128, 2048, memory=16),
+    Scale("gpu", "one CUDA card, 24 GB; the extra [gpu]; a model that you name", "cuda", 16, 8, 1024, 8192, 16, cards=1, card=24),
+    Scale("paper", "a cluster: TRL on accelerate with FSDP or DeepSpeed, vLLM", "cuda", 64, 8, 4096, 8192, 64, 8, 80, "Qwen/Qwen2.5-32B"))}
 
 # %% ../../nbs/core/scale.ipynb #cell-7
 def get_scale(
