@@ -240,7 +240,7 @@ def pick_script(
     (["--log"], dict(metavar="FILE", help="record every call to a model there; calls found there are not made again")))
 def consult(args):
     "Talk in the terminal."
-    from m2kit.simulator.consult import Consultation, consult as talk, open_simulator
+    from m2kit.service.consult import Consultation, consult as talk, open_simulator
     script, judge = pick_script(args.case, args.number, args.condition, args.seed), None
     if args.judge:
         from m2kit.lm.open import open_model
@@ -358,7 +358,7 @@ def agreement(args):
     (["--no-scores"], dict(action="store_true", help="train only")))
 def ladder(args):
     "Run the stages and print a row each."
-    from m2kit.train.stages import ladder as run
+    from m2kit.tiny.ladder import ladder as run
     for r in run(args.stages, args.seed, args.start, tell=lambda line: print(line, file=sys.stderr), **dict(n=0) if args.no_scores else {}):
         scores = "".join(f"  {k} {r[k]:.2f}" for k in ("score", "diagnosis", "fact_finding") if k in r)
         print(f"{r['stage']:10}{r['cpu']:6.0f} s{scores}  {r['path']}")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 from ..clinic.language import PARTS, composition, read_clauses, words_by_part
 from ..core.errors import UserError
-from ..core.run import Run
+from ..core.step import Step
 from ..rubrics.reference import wanted
 from .rewards import as_rubric, guarded, name_of
 
@@ -357,7 +357,7 @@ def train(
     tasks,                # rows to draw from: dicts with "prompt" (messages) and columns; or a function from the step to its rows
     rewards: list,        # in TRL's shape; the first is the score
     cfg: GRPOConfig,      # sizes, rates, seed
-    run: Run,             # where metrics and state are kept; a run that was killed goes on
+    run: Step,             # where metrics and state are kept; a run that was killed goes on
     tell=None,            # called with each step's row; what it raises stops the training (`train.monitors`)
     probe=None,           # () -> dict, asked every `save_every` steps and at the end; goes into the step's row
 ) -> list[dict]:          # the metrics of all steps
