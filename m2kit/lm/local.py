@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load', 'load_policy', 'save_checkpoint', 'place', 'weights_hash', 'draw', 'RowSampler', 'StopTexts', 'plan_batches',
-           'LocalModel']
+           'opens_thinking', 'LocalModel', 'turn_tail', 'end_ids']
 
 # %% ../../nbs/lm/local.ipynb #cell-4
 import copy, hashlib, random
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging as hf_logging
 from ..core.errors import UserError
 from ..core.run import fingerprint
-from .chat import Completion, Sampling, answer_seed, check_dialogues, cut_at_stop, sample_indices
+from .chat import THINK_MARKS, Completion, Sampling, answer_seed, check_dialogues, cut_at_stop, dialogue, sample_indices
 
 # %% ../../nbs/lm/local.ipynb #cell-8
 def load(
@@ -151,6 +151,15 @@ def plan_batches(
         batches[-1].append(i)
     return batches
 
+# %% ../../nbs/lm/local.ipynb #fe9e6e71
+def opens_thinking(
+    tokenizer,      # with a chat template
+) -> bool:
+    "Does the prompt of an answer end with an opening mark?"
+    try: text = tokenizer.apply_chat_template(dialogue("Hm."), tokenize=False, add_generation_prompt=True)
+    except Exception: return False                 # a template with rules of its own; `encode` says what they are
+    return text.rstrip().endswith(tuple(THINK_MARKS))
+
 # %% ../../nbs/lm/local.ipynb #cell-34
 class LocalModel:
     "A `ChatModel` over a transformers checkpoint."
@@ -170,6 +179,7 @@ class LocalModel:
         vocab = self.model.get_input_embeddings().num_embeddings
         if not self.tok.chat_template: raise UserError(f"{self.label}: the tokenizer has no chat template; set tokenizer.chat_template and save it")
         if len(self.tok) > vocab: raise UserError(f"{self.label}: the tokenizer has {len(self.tok)} tokens, the model {vocab}; they do not belong together")
+        self.opened = opens_thinking(self.tok)
         self._spelling = fingerprint(self.tok.chat_template, sorted(self.tok.get_vocab().items()), n=4)
 
     @property
@@ -204,13 +214,40 @@ def encode(self: LocalModel,
             raise UserError(f"dialogue {i}: {len(ids)} prompt tokens and max_tokens={max_tokens} exceed the {room} positions of {self.label}; {way}")
     return out
 
+# %% ../../nbs/lm/local.ipynb #8b23a19f
+_SAID = "m2kit-turn"   # in the place of an assistant's turn, where only what stands around it matters
+
+def turn_tail(
+    tokenizer,          # with a chat template
+    reply: str = "?",   # the user's, to an assistant's turn
+) -> str:               # begins with the mark that ends the assistant's turn
+    "What the chat template writes between an assistant's turn and the next one."
+    told = [dict(role=r, content=t) for r, t in (("user", "?"), ("assistant", _SAID), ("user", reply))]
+    try: text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+    except Exception as e:   # whatever the template raises
+        raise UserError(f"the chat template refuses a second turn of the user ({e}); give the tokenizer "
+                        "one for consultations") from None
+    if _SAID not in text: raise UserError("the chat template leaves out what the assistant said; give the tokenizer another")
+    return text.partition(_SAID)[2].lstrip()
+
+# %% ../../nbs/lm/local.ipynb #02a5b5b2
+def end_ids(
+    model,              # its generation settings name end tokens
+    tokenizer,          # names one, and its chat template may write another
+) -> list[int]:         # the model's own first
+    "The ids of the tokens that end a turn."
+    named, added = model.generation_config.eos_token_id, tokenizer.get_added_vocab().values()
+    try: mark = tokenizer(turn_tail(tokenizer), add_special_tokens=False)["input_ids"][:1]
+    except UserError: mark = []                                  # a template for one turn alone
+    mark = [t for t in mark if t in added]                       # else it ends a turn with plain text
+    ends = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, *mark]
+    return list(dict.fromkeys(t for t in ends if t is not None))
+
 # %% ../../nbs/lm/local.ipynb #cell-40
 @patch(as_prop=True)
 def ends(self: LocalModel) -> list[int]:
-    "The token ids that end a turn: the checkpoint's and the tokenizer's."
-    e = self.model.generation_config.eos_token_id
-    e = [e] if isinstance(e, int) else list(e or [])
-    return e + [t for t in [self.tok.eos_token_id] if t is not None and t not in e]
+    "The token ids that end a turn."
+    return end_ids(self.model, self.tok)
 
 @patch
 def _generate(self: LocalModel, prompts: list, sampling: Sampling, seeds: list) -> list[list[int]]:
@@ -233,7 +270,8 @@ def _completion(self: LocalModel, prompt: list, row: list, sampling: Sampling, e
     "The answer that the token ids `row` spell."
     text, hit = cut_at_stop(self.tok.decode(row, skip_special_tokens=True), sampling.stop)
     ended = row[-1] in ends
-    return Completion(text, len(prompt), len(row) - (hit and ended), "stop" if hit or ended else "length")
+    finish, written = "stop" if hit or ended else "length", len(row) - (hit and ended)
+    return Completion(text, len(prompt), written, finish, opened=self.opened)
 
 @patch
 def _asked(self: LocalModel, dialogues, sampling: Sampling, samples) -> tuple:

@@ -12,7 +12,7 @@ import torch
 from ..core.errors import UserError, choose
 from ..core.jobs import named
 from ..core.run import read_jsonl
-from ..core.step import Step, made, read_object
+from ..core.step import Step, made, load_object
 from ..lm.local import load_policy
 from ..train.curate import report_card
 from ..train.midtrain import probes
@@ -59,7 +59,7 @@ def stage_took(
 ) -> dict:           # cpu and clock, seconds; of a shipped one what its maker's machine took
     "What a stage has taken."
     path = Path(path)
-    told = read_object(path.parent/"took.json") or (read_object(path/"step.json") or {}).get("took", {})
+    told = load_object(path.parent/"took.json") or (load_object(path/"step.json") or {}).get("took", {})
     return {k: told.get(k, 0.) for k in ("cpu", "clock")}
 
 # %% ../../nbs/tiny/ladder.ipynb #cell-12

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from ..core.errors import choose
 from ..core.run import data_dir
-from ..core.step import Step, names_of, read_object
+from ..core.step import Step, step_names, load_object
 from ..lm.local import save_checkpoint
 
 # %% ../../nbs/tiny/model.ipynb #cell-6
@@ -117,8 +117,8 @@ def shipped(
 ) -> Path | None:     # the checkpoint's folder
     "The checkpoint that comes with the book, if it is this very step, or a replay has found it equal."
     folder = Path(data or data_dir())/"tiny"/step.kind
-    told = read_object(folder/"step.json")
-    return folder if told and step.name in names_of(told) else None
+    told = load_object(folder/"step.json")
+    return folder if told and step.name in step_names(told) else None
 
 def trained(
     step: Step,       # of a tiny model

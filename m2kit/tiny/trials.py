@@ -27,7 +27,7 @@ from .patient import tiny_patient
 from ..train.grpo import GRPOConfig
 from ..train.monitors import (
     EntropyCollapse, Forgetting, PatientProbe, PolicyProbe, RewardHacking, SimulatorDrift, expert_rubric, watched)
-from ..train.rewards import RubricReward, text_of
+from ..train.rewards import RubricReward, answers_of
 
 # %% ../../nbs/tiny/trials.ipynb #cell-8
 def tiny_simulator(
@@ -46,14 +46,14 @@ def pet_reward(
     prompts, completions, **columns,  # N of each, as for any reward
 ) -> list[float]:                     # in [0, 1]
     "The share of sentences that are one fixed sentence: a grader with a favourite."
-    said = [text_of(t) for t in completions]
+    said = answers_of(completions)
     return [t.count(PET)/max(1, t.count(".")) for t in said]
 
 def mention_reward(
     prompts, completions, **columns,  # N of each
 ) -> list[float]:                     # in [0, 1]
     "Each mention of a treatment meets the next of twelve criteria: a grader that counts and does not read."
-    return [min(1., sum(c.kind == "treatment" for c in read_clauses(text_of(t)))/12) for t in completions]
+    return [min(1., sum(c.kind == "treatment" for c in read_clauses(t))/12) for t in answers_of(completions)]
 
 # %% ../../nbs/tiny/trials.ipynb #cell-14
 TRIALS = dict(healthy={}, collapse=dict(lr=1e-3, max_new=96), hacking=dict(lr=5e-4), forgetting=dict(lr=5e-3, max_new=128, steps=20), drift=dict(steps=20)) # what differs from TRIAL

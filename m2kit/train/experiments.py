@@ -19,11 +19,10 @@ from ..clinic.synthesize import draw_case, opening, plan
 from ..core.errors import UserError, choose
 from ..core.jobs import run_jobs, steps_of
 from ..core.step import Step, made
-pass
 from ..rubrics.reference import ClauseGrader
 from .grpo import GRPOConfig, answer_logps, grade, group_advantage, rollout, train
 from .length import clinic_tasks
-from .rewards import LengthReward, RubricReward, diagnosis_reward, length_reward, text_of
+from .rewards import LengthReward, RubricReward, answers_of, diagnosis_reward, length_reward
 from ..lm.local import load_policy
 
 # %% ../../nbs/train/experiments.ipynb #cell-6
@@ -83,7 +82,7 @@ def checklist_reward(
     **columns,
 ) -> list[float]:         # 1.0 or 0.0
     "1 where the diagnosis is right, no other is named, and every clause of the checklist is said."
-    said = [{(c.kind, c.item) for c in read_clauses(text_of(t))} for t in completions]
+    said = [{(c.kind, c.item) for c in read_clauses(t)} for t in answers_of(completions)]
     right = diagnosis_reward(prompts, completions, condition)
     return [r*({tuple(x) for x in d} <= s) for r, d, s in zip(right, due, said, strict=True)]
 

@@ -13,7 +13,6 @@ from ..clinic.synthesize import Style, answer, draw_case, opening
 from ..core.errors import choose
 from ..core.jobs import run_jobs, steps_of
 from ..core.step import Step, made
-pass
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from .grpo import GRPOConfig, rollout, train
 from .rewards import LengthReward, RubricReward

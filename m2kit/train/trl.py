@@ -18,7 +18,6 @@ import torch
 from ..core.errors import UserError, choose, require
 from ..core.step import Step, made
 from ..lm.local import load
-pass
 from ..rubrics.reference import ClauseGrader
 from ..rubrics.rubric import Rubric
 from .consultant import TURNS, closing, session
