@@ -28,7 +28,7 @@ from ..rubrics.rubric import Rubric, score
 from ..simulator.affect import PATIENT
 from ..simulator.fidelity import closes_at, judge_turn
 from ..simulator.patient import PatientSimulator
-from .grpo import GRPOConfig, rollout, train
+from .grpo import GRPOConfig, pad_id, rollout, train
 from .rewards import RubricReward, answers_of
 from .sft import lessons, load_doctor
 
@@ -248,7 +248,7 @@ class PolicyProbe:
         rng, self.model, self.tok, self.seed, self.max_new = random.Random(seed), model, tokenizer, seed, max_new
         self.cases, known = [draw_case(rng) for _ in range(n)], lessons(tokenizer, seed)
         self.rubrics = dict(held_out=[expert_rubric(c, 1) for c in self.cases], oracle=[reference_rubric(c) for c in self.cases])
-        self.batch = pad_batch([next(known) for _ in range(2*n)], tokenizer.pad_token_id)
+        self.batch = [x.to(model.device) for x in pad_batch([next(known) for _ in range(2*n)], pad_id(tokenizer))]
 
     def points(self,
         texts: list,         # two answers to each case
