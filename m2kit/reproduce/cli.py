@@ -6,7 +6,7 @@
 __all__ = ['FILE', 'COUNT', 'SCALE', 'EXTRAS', 'MARKS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
            'option', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks',
            'surroundings_text', 'first_object', 'file_kind', 'read_file', 'cases_in', 'pick_script', 'training',
-           'seed_option', 'answer_sampling', 'run_benchmark']
+           'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #c3
 import sys
@@ -401,6 +401,24 @@ def training(
     return tell
 
 # %% ../../nbs/reproduce/cli.ipynb #c50
+class Unopened:
+    "A model that is loaded when it is first used."
+    def __init__(self,
+        *words,         # of `open_model`: spec, log, ...
+        **options,
+    ): self._open = lambda: self._opened(words, options)
+
+    def _opened(self, words, options):
+        from m2kit.lm.open import open_model
+        model = open_model(*words, **options)
+        self._open = lambda: model
+        return model
+
+    def __getattr__(self, name):
+        if name.startswith("_"): raise AttributeError(name)
+        return getattr(self._open(), name)
+
+# %% ../../nbs/reproduce/cli.ipynb #c53
 LOG = option("--log", type=Output(), metavar="FILE",
              help="Record every call to a model there; calls found there are not made again.")
 
@@ -410,7 +428,7 @@ def seed_option(
     "The option `--seed`."
     return option("--seed", type=int, default=0, metavar="N", help=f"Of {of}.")
 
-# %% ../../nbs/reproduce/cli.ipynb #c51
+# %% ../../nbs/reproduce/cli.ipynb #c54
 @command("Be the doctor of a simulated patient, and watch gate, reply, checker and scores.", """
     m2kit consult                               a synthetic patient and the tiny models
     m2kit consult --condition gout --seed 3     another patient
@@ -440,14 +458,13 @@ def consult(case, number, condition, seed, model, checker, judge, save, log):
     script = pick_script(case, number, condition, seed)
     consultation = Consultation(script, None, None, save)
     if judge:
-        from m2kit.lm.open import open_model
         from m2kit.simulator.fidelity import LMJudge
-        consultation.judge = LMJudge(open_model(judge, log)).judge
+        consultation.judge = LMJudge(Unopened(judge, log)).judge
     consultation.sim = open_simulator(model, checker or "", log, seed, training)
     talk(consultation)
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c53
+# %% ../../nbs/reproduce/cli.ipynb #c56
 def answer_sampling(
     model,         # the spec of who answers
     temperature,   # None: 1
@@ -460,7 +477,7 @@ def answer_sampling(
     room = 224 if str(model).startswith("tiny:") else 2048
     return Sampling(temperature=1.0 if temperature is None else temperature, max_tokens=max_tokens or room, seed=seed)
 
-# %% ../../nbs/reproduce/cli.ipynb #c55
+# %% ../../nbs/reproduce/cli.ipynb #c58
 WHO = [
     option("--model", type=Spec("recorded"), metavar="SPEC",
            help="Who answers: tiny:doctor, a checkpoint folder, http://HOST:PORT/v1#NAME, "
@@ -488,7 +505,7 @@ ROWS = [
     option("--repeats", type=COUNT, default=1, metavar="K",
            help="K answers of the model to each conversation: mean and spread.")]
 
-# %% ../../nbs/reproduce/cli.ipynb #c56
+# %% ../../nbs/reproduce/cli.ipynb #c59
 GRADING = [
     option("--order", type=click.Choice(["printed", "shared"]), default="printed",
            help="Of the grader's question: the paper's, or the type behind the conversation "
@@ -516,7 +533,7 @@ CALLS = [
            help="The run's folder; by default one under runs/healthbench."),
     option("--no-pages", is_flag=True, show_default=False, help="Write no HTML.")]
 
-# %% ../../nbs/reproduce/cli.ipynb #c57
+# %% ../../nbs/reproduce/cli.ipynb #c60
 def run_benchmark(
     o,           # the options of `m2kit healthbench`, by name
 ) -> tuple:      # the result, and its text
@@ -534,7 +551,7 @@ def run_benchmark(
         sampling=sampling, pages=not o.no_pages, lenient=o.lenient, **common)
     return r, as_text(r)
 
-# %% ../../nbs/reproduce/cli.ipynb #c58
+# %% ../../nbs/reproduce/cli.ipynb #c61
 @command("Run HealthBench, or rows of its format: answer, grade, score.", """
     m2kit healthbench --model tiny:doctor --grader clauses --rows clinic:40 --repeats 3     all of it here, in a minute
     m2kit healthbench --model URL#NAME --grader URL#NAME --fetch --subset hard --limit 100  --fetch downloads the file once
@@ -555,7 +572,7 @@ def healthbench(**options):
     print(f"in {run['folder']}, {run['seconds']:.0f} s, {run['asked']} calls made and {run['found']} found on record")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c59
+# %% ../../nbs/reproduce/cli.ipynb #c62
 @command("Compare the grader's two typed questions with a single one, on answers with known labels.", """
     m2kit typed-prompts --model http://localhost:8000/v1#Qwen3-32B --out typed.json
     m2kit typed-prompts --model SPEC --items labelled.jsonl      answers of your own, labelled""",
@@ -573,13 +590,12 @@ def healthbench(**options):
 def typed_prompts(model, items, n, order, max_tokens, log, out):
     "Run the experiment and print its table."
     import json
-    from m2kit.lm.open import open_model
-    from m2kit.rubrics.typed import read_labelled, typed_prompts as run
-    if items: read_labelled(items)      # says what is wrong with them before a model is loaded
-    print(json.dumps(run(open_model(model, log, tell=training(model)), out, items, n, order, max_tokens), indent=1))
+    from m2kit.rubrics.typed import typed_prompts as run
+    grader = Unopened(model, log, tell=training(model))
+    print(json.dumps(run(grader, out, items, n, order, max_tokens), indent=1))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c61
+# %% ../../nbs/reproduce/cli.ipynb #c64
 @command("Write a rubric for every source in a file.", """
     m2kit rubrics --model http://localhost:8000/v1#Qwen3-32B --sources sources.jsonl --out rubrics.jsonl --constrain
     m2kit rubrics --model tiny:generator --sources sources.jsonl --out rubrics.jsonl --max-tokens 220""",
@@ -598,16 +614,15 @@ def typed_prompts(model, items, n, order, max_tokens, log, out):
     LOG)
 def rubrics(model, sources, out, constrain, max_tokens, retries, log):
     "Write them; 1 when some source got none."
-    from m2kit.lm.open import open_model
     from m2kit.rubrics.generate import generate_file, read_sources
-    read_sources(sources)               # says what is wrong with them before a model is loaded
-    writer = open_model(model, log, training(model))
+    if not any(read_sources(sources)): raise UserError(f"{sources}: no sources in it; write one JSON object a line")
+    writer = Unopened(model, log, training(model))
     written, failures, report = generate_file(writer, sources, out, constrain, max_tokens, retries)
     for f in failures: print(f"  {f}", file=sys.stderr)
     print(f"{written} rubrics in {out}; {len(failures)} sources without one")
     return 1 if failures else 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c62
+# %% ../../nbs/reproduce/cli.ipynb #c65
 @command("Compare generated rubrics with experts': dimensions, points, weights, uniformity.", """
     m2kit agreement --generated rubrics.jsonl --experts experts.jsonl --referee http://localhost:8000/v1#Qwen3-32B""",
     option("--generated", type=FILE, metavar="FILE", required=True, help="Rubrics, one a line."),
@@ -620,12 +635,12 @@ def rubrics(model, sources, out, constrain, max_tokens, retries, log):
 def agreement(generated, experts, referee, log, seed):
     "Print the measures as JSON."
     import json
-    from m2kit.lm.open import open_model
     from m2kit.rubrics.agreement import agreement_file
-    print(json.dumps(agreement_file(generated, experts, referee and open_model(referee, log), seed), indent=1))
+    model = Unopened(referee, log) if referee else None
+    print(json.dumps(agreement_file(generated, experts, model, seed), indent=1))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c64
+# %% ../../nbs/reproduce/cli.ipynb #c67
 @command("Raise the tiny doctor: mid-training, SFT and three stages of RL, with the score after each.", """
     m2kit ladder                                every stage, in about six minutes on one core; what is finished is found again
     m2kit ladder --stages base,midtrain,sft,rule               some of them, in any order that has a start
@@ -645,7 +660,7 @@ def ladder(stages, start, seed, no_scores):
         print(f"{r['stage']:10}{r['cpu']:6.0f} s{scores}  {r['path']}")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c65
+# %% ../../nbs/reproduce/cli.ipynb #c68
 @command("Compare two policies on five dimensions, in both orders.", """
     m2kit pairwise tiny:doctor runs/rubric-xxxx/checkpoint --judge oracle                  the clinic's knowledge judges
     m2kit pairwise URL#new URL#old --judge URL#judge --rows cases.jsonl --out runs/pairs   rows with id and prompt (messages)""",
@@ -667,16 +682,16 @@ def pairwise(first, second, judge, rows, n, max_tokens, seed, out):
     from m2kit.core.run import read_jsonl
     from m2kit.evaluate.pairwise import LMPairJudge, OraclePairJudge, clinic_pairs, run_pairwise
     from m2kit.lm.chat import Sampling
-    from m2kit.lm.open import open_model
-    if rows and not (read := read_jsonl(rows)): raise UserError(f"{rows}: no rows in it; give one JSON object a line with id and prompt")
-    referee = OraclePairJudge() if judge == "oracle" else LMPairJudge(open_model(judge))
+    if rows and not (read := read_jsonl(rows)):
+        raise UserError(f"{rows}: no rows in it; give one JSON object a line with id and prompt")
+    referee = OraclePairJudge() if judge == "oracle" else LMPairJudge(Unopened(judge))
     compared = run_pairwise(
-        open_model(first), open_model(second), referee, read if rows else clinic_pairs(n), out,
+        Unopened(first), Unopened(second), referee, read if rows else clinic_pairs(n), out,
         Sampling(max_tokens=max_tokens, seed=seed), (first, second), tell=lambda t: print(t, file=sys.stderr))
     print(compared.table().to_string())
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c66
+# %% ../../nbs/reproduce/cli.ipynb #c69
 @command("Write the recipes for many cards: accelerate, FSDP, DeepSpeed, TRL, verl.", """
     m2kit recipes --out recipes --cards 32 --model Qwen/Qwen2.5-32B""",
     option("--out", type=Output(folder=True), default="recipes", metavar="DIR", help="Where to."),
