@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 import numpy as np
 from ..core.errors import UserError
-from ..core.files import json_lines
+from ..core.files import Once, json_lines
 from ..lm.chat import ROLES
 from ..rubrics.rubric import Criterion, Verdict, criterion_fault, score_points, bounds_of_points
 
@@ -136,9 +136,14 @@ def read_rows(
     path,        # a HealthBench .jsonl file, with or without completions and verdicts
 ):               # an iterator of `Row`
     "The rows of a HealthBench file, one at a time; a `UserError` names file, line and prompt_id."
+    once = Once()
     for where, d in json_lines(path):
-        try: yield parse_row(d)
+        try:
+            row, again = parse_row(d), f" (answer {d['sample']})" if "sample" in d else ""
+            fault = once.fault(row.prompt_id + again, where)
+            if fault: raise UserError(fault)
         except UserError as e: raise UserError(f"{where}{_name(d)}: {e}") from None
+        yield row
 
 def _name(d): return f" ({d['prompt_id']})" if isinstance(d, dict) and d.get("prompt_id") else ""
 
