@@ -133,17 +133,22 @@ def doubts(
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-24
 def read_rows(
-    path,        # a HealthBench .jsonl file, with or without completions and verdicts
-):               # an iterator of `Row`
+    path,            # HealthBench rows as JSON lines, with or without completions and verdicts
+    repeated=None,   # told of a row whose id came before, which is left out; None makes it an error
+):                   # an iterator of `Row`
     "The rows of a HealthBench file, one at a time; a `UserError` names file, line and prompt_id."
     once = Once()
     for where, d in json_lines(path):
-        try:
-            row, again = parse_row(d), f" (answer {d['sample']})" if "sample" in d else ""
-            fault = once.fault(row.prompt_id + again, where)
-            if fault: raise UserError(fault)
+        try: row = parse_row(d)
         except UserError as e: raise UserError(f"{where}{_name(d)}: {e}") from None
-        yield row
+        sample = d.get("sample", 0)      # further answers to one conversation are numbered
+        again = once.fault((row.prompt_id, str(sample)), where)
+        if not again: yield row
+        elif repeated is None:
+            first = once.seen[row.prompt_id, str(sample)]
+            raise UserError(f"{where}: prompt_id {row.prompt_id} is there already, at {first}; give it another, "
+                            "or delete one of the two")
+        else: repeated(f"{where}: left out, since prompt_id {row.prompt_id} is there already")
 
 def _name(d): return f" ({d['prompt_id']})" if isinstance(d, dict) and d.get("prompt_id") else ""
 

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from http.client import HTTPException
 from pathlib import Path
 from ..core.errors import UserError, choose
-from ..core.files import open_utf8, parse_json
+from ..core.files import line_value, open_utf8
 from ..core.run import atomic_write, runs_dir
 from .healthbench import Row, doubts, parse_row
 
@@ -133,15 +133,12 @@ def __getitem__(self: Source,
     i: int,         # which row, from 0
 ):                  # what JSON makes of the line
     "Row `i`, not checked; a `UserError` when it cannot be read."
-    where = f"{self.path.name}:{self.numbers[i]}"
     if self.sizes[i] > LONGEST_LINE:
-        raise UserError(f"{where}: a line of {self.sizes[i]/1e6:.0f} MB is no conversation; mend or delete it")
+        where, size = f"{self.path.name}:{self.numbers[i]}", self.sizes[i]/1e6
+        raise UserError(f"{where}: a line of {size:.0f} MB is no conversation; mend or delete it")
     with open_utf8(self.path) as f:
         f.seek(self.base + self.starts[i])
-        data = f.readline()
-    try: text = data.decode()
-    except UnicodeDecodeError as e: raise UserError(f"{where}: not UTF-8 ({e.reason}); mend or delete that line") from None
-    return parse_json(text, where)
+        return line_value(f.readline(), self.path.name, self.numbers[i])
 
 # %% ../../nbs/evaluate/source.ipynb #cell-18
 PHYSICIAN = ("ideal", "references")
