@@ -21,6 +21,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from ..core.errors import UserError, choose
+from ..core.files import line_value, open_utf8
 from ..core.run import atomic_write, commit, runs_dir, versions
 from .healthbench import Row, Tally, clipped_mean, doubts, interval, parse_row, spread, summary
 from .pages import write_pages
@@ -92,7 +93,8 @@ class Source:
         path,           # a .jsonl file
     ):
         self.path, self.starts, self.numbers, h, at = Path(path), array("q"), array("q"), hashlib.sha256(), 0
-        with open(path, "rb") as f:
+        with open_utf8(path) as f:
+            at = f.tell()                               # behind a byte order mark
             for number, line in enumerate(f, 1):
                 if line.strip(): self.starts.append(at); self.numbers.append(number)
                 h.update(line); at += len(line)
@@ -111,10 +113,9 @@ class Source:
         i: int,         # which row, from 0
     ):                  # what JSON makes of the line
         "Row `i`, not checked; a `UserError` when it is no JSON."
-        with open(self.path, "rb") as f:
+        with open_utf8(self.path) as f:
             f.seek(self.starts[i])
-            try: return json.loads(f.readline())
-            except ValueError as e: raise UserError(f"not JSON ({getattr(e, 'msg', e)}); mend or delete that line") from None
+            return line_value(f.readline(), self.path.name, self.numbers[i])
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-16
 PHYSICIAN = ("ideal", "references")

@@ -7,12 +7,13 @@ __all__ = ['Row', 'parse_row', 'doubts', 'read_rows', 'example_score', 'example_
            'bootstrap_std', 'Tally', 'summary', 'aggregate', 'interval', 'spread']
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-4
-import json, re
+import re
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass, field
 import numpy as np
 from ..core.errors import UserError
+from ..core.files import Once, json_lines
 from ..lm.chat import ROLES
 from ..rubrics.rubric import Criterion, Verdict, criterion_fault, score_points, bounds_of_points
 
@@ -111,20 +112,19 @@ def doubts(
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-24
 def read_rows(
-    path,        # a HealthBench .jsonl file, with or without completions and verdicts
-):               # an iterator of `Row`
+    path,            # HealthBench rows as JSON lines, with or without completions and verdicts
+    repeated=None,   # told of a row whose id came before, which is left out; None makes it an error
+):                   # an iterator of `Row`
     "The rows of a HealthBench file, one at a time; a `UserError` names file, line and prompt_id."
-    try: f = open(path, encoding="utf-8")
-    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a HealthBench .jsonl file") from None
-    with f:
-        for i, line in enumerate(f, 1):
-            if not line.strip(): continue
-            d = None
-            try:
-                d = json.loads(line)
-                yield parse_row(d)
-            except json.JSONDecodeError as e: raise UserError(f"{path}:{i}: not JSON ({e.msg}); mend or delete that line") from None
-            except UserError as e: raise UserError(f"{path}:{i}{_name(d)}: {e}") from None
+    once = Once()
+    for where, d in json_lines(path):
+        try: row = parse_row(d)
+        except UserError as e: raise UserError(f"{where}{_name(d)}: {e}") from None
+        sample = d.get("sample", 0)      # further answers to one conversation are numbered
+        again = once.fault((row.prompt_id, str(sample)), where)
+        if not again: yield row
+        elif repeated is None: raise UserError(f"{where}: prompt_id {row.prompt_id} is there already, at {once.seen[row.prompt_id, str(sample)]}; give it another, or delete one of the two")
+        else: repeated(f"{where}: left out, since prompt_id {row.prompt_id} is there already")
 
 def _name(d): return f" ({d['prompt_id']})" if isinstance(d, dict) and d.get("prompt_id") else ""
 

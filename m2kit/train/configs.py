@@ -11,7 +11,8 @@ __all__ = ['GIB', 'LAYERS', 'KINDS', 'SOURCES', 'training_memory', 'cards_needed
 import json, math, os, shlex
 from pathlib import Path
 from ..core.errors import UserError, choose, require
-from ..core.run import atomic_write, read_jsonl
+from ..core.files import json_values
+from ..core.run import atomic_write
 from ..infer.memory import QWEN25_32B, card_bytes, decoder, parameters
 from ..rubrics.reference import ClauseGrader
 from .rewards import RubricReward, as_rubric, diagnosis_reward, guarded
@@ -104,9 +105,9 @@ def recipe_tasks(
     if not path:
         from m2kit.train.length import clinic_tasks
         return clinic_tasks(n, seed)
-    if not (rows := read_jsonl(path)): raise UserError(f"{path} holds no tasks; write a line for each: {{\"prompt\": [{{\"role\": \"user\", \"content\": ...}}], \"rubric\": {{...}}}}")
+    if not (rows := [d for _, d in json_values(path)]): raise UserError(f"{path} holds no tasks; write a line for each: {{\"prompt\": [{{\"role\": \"user\", \"content\": ...}}], \"rubric\": {{...}}}}")
     for i, r in enumerate(rows):
-        if not {"prompt", "rubric"} <= set(r): raise UserError(f"{path}, row {i + 1}: has {sorted(r)}; a task needs a prompt and a rubric")
+        if not isinstance(r, dict) or not {"prompt", "rubric"} <= set(r): raise UserError(f"{path}, row {i + 1}: has {sorted(r) if isinstance(r, dict) else type(r).__name__}; a task needs a prompt and a rubric")
         r["rubric"] = as_rubric(r["rubric"])
     return rows
 
