@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from ..core.errors import UserError, choose
 from ..core.files import parse_json, read_text
-from .memory import decoder
+from ..lm.memory import decoder
 from .quantize import Grid, Quantized, check_model, quantize_model
 from .rotate import rotate
 from ..lm.local import load, place
-from ..lm.tiny import pad_batch
+from ..train.sft import pad_batch
 
 # %% ../../nbs/infer/export.ipynb #cell-6
 def pack_codes(
@@ -91,7 +91,7 @@ def read_grid(
             raise UserError(f"{path}: weights with {key} {w.get(key)!r} are not read here; open it with compressed-tensors")
     return Grid(w["num_bits"], max(0, w.get("group_size") or 0), w.get("symmetric", True))
 
-# %% ../../nbs/infer/export.ipynb #cell-0
+# %% ../../nbs/infer/export.ipynb #check-target
 def check_target(
     path,         # where a checkpoint is to be written
     grid: Grid,   # bits, group, symmetry
