@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEW', 'VERDICTS', 'REPRODUCED', 'REFUTED', 'UNDECIDED', 'UNTESTED', 'DIRECTIONS', 'STATES', 'Estimate', 'ends',
-           'times', 'show', 't_interval', 'over_seeds', 'over_ratios', 'bootstrap', 'over_cases', 'contrast_interval',
-           'wilson', 'ratio_interval', 'gap_interval', 'sign_test', 'newcombe', 'tost', 'around', 'decide', 'Finding',
-           'finding', 'above', 'below', 'equal', 'apart', 'counted', 'conjunction', 'number', 'wanted', 'over',
-           'sentence', 'Freshness', 'weakest']
+           'estimate_dict', 'times', 'show', 't_interval', 'over_seeds', 'over_ratios', 'bootstrap', 'over_cases',
+           'contrast_interval', 'wilson', 'ratio_interval', 'gap_interval', 'sign_test', 'newcombe', 'tost', 'around',
+           'decide', 'Finding', 'finding', 'above', 'below', 'equal', 'apart', 'counted', 'conjunction', 'number',
+           'wanted', 'over', 'sentence', 'Freshness', 'weakest']
 
 # %% ../../nbs/core/stats.ipynb #9813ab21
 import math
@@ -32,12 +32,19 @@ class Estimate(tuple):
 
     def __getnewargs__(self): return (*self, self.n, self.unit, self.least)
 
-# %% ../../nbs/core/stats.ipynb #23226f57
+# %% ../../nbs/core/stats.ipynb #2f63d866
 def ends(
     estimate: Estimate,  # or any (value, low, high)
 ) -> list:               # [low, high]; [] where there is no interval
     "The interval of an estimate, as a figure's JSON keeps it."
     return [x for x in list(estimate)[1:3] if math.isfinite(x)]
+
+def estimate_dict(
+    estimate: Estimate,
+) -> dict:               # value, low, high (None where there is none), n, unit
+    "An estimate for a JSON file."
+    value, low, high = (x if math.isfinite(x) else None for x in estimate)
+    return dict(value=value, low=low, high=high, n=estimate.n, unit=estimate.unit)
 
 def times(
     estimate: Estimate,
