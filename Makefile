@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test lab check chapters export readme _readme clean
+.PHONY: help reproduce test test-all lab check chapters export readme _readme clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,22 +17,29 @@ OK := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c '$(OK)' 2>/dev/null && { echo $$p; break; }; done)
 
 help: ## list what there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
 
 reproduce: $(VENV)/.train ## redo the figures and tables into figures/, with figures/report.html (ARGS="--only table2" for some of them)
 	$(BIN)/m2kit reproduce $(ARGS)
 
-test: $(VENV)/.test ## everything that CI checks: the repository, the package, every chapter
-	$(BIN)/python -m pytest $(ARGS)
+# Tests and chapters run in as many processes as there are cores; one that has nothing left takes over half of what waits in another.
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal --durations 20 --durations-min 5
+
+check: $(VENV)/.test ## a minute while you write: style, export, the chapters that your change touches, then their importers
+	$(BIN)/python -m pytest -q -n auto tests/test_repo.py
+	$(BIN)/python -c "import sys; from m2kit.reproduce.touched import check; sys.exit(check('.'))"
+
+test: $(VENV)/.test ## what CI checks: unit tests and every chapter, without what is marked slow or long
+	$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.test ## all of it, for an hour or more: what is slow and long too (benchmarks, other CPUs, networks)
+	$(PYTEST) -m "" $(ARGS)
+
+chapters: $(VENV)/.test ## run every chapter as its own test (exhibits are run by reproduce)
+	$(PYTEST) tests/test_chapters.py $(ARGS)
 
 lab: $(VENV)/.lab $(VENV)/.hooks ## open the book in JupyterLab
 	$(BIN)/jupyter lab nbs $(ARGS)
-
-check: $(VENV)/.lab ## fast: the package matches its notebooks, these are clean, README matches nbs/index.ipynb
-	$(BIN)/python -m pytest -q tests/test_repo.py
-
-chapters: $(VENV)/.test ## run every chapter as its own test (exhibits are run by reproduce)
-	$(BIN)/python -m pytest -v tests/test_chapters.py $(ARGS)
 
 export: $(VENV)/.lab ## after editing notebooks: write m2kit/, clean the notebooks, write README.md
 	$(BIN)/nbdev_export

@@ -1,28 +1,44 @@
-"""Every chapter is its own test: its examples run from top to bottom, in a process of its own, two at a time. (Exhibits are run by `make reproduce`.)"""
-import os, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
+"""Every chapter is its own test: its examples run from top to bottom, in a process of its own. (Exhibits are run by `make reproduce`.)"""
+import json, os, re
 from pathlib import Path
 import pytest
+from m2kit.reproduce.touched import run_chapter
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = [*(p for p in sorted((ROOT/"nbs").glob("*/*.ipynb")) if p.parent.name != "exhibits"), ROOT/"nbs"/"index.ipynb"]
+name = lambda p: p.relative_to(ROOT/"nbs").with_suffix("").as_posix()
 
-def run(path):
-    "nbdev's test of one notebook: passed, what it said, seconds."
-    start = time.perf_counter()
-    r = subprocess.run([Path(sys.executable).parent/"nbdev_test", "--path", path, "--n_workers", "0"], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    return r.returncode == 0 and "Success." in r.stdout, r.stdout + r.stderr, time.perf_counter() - start   # nothing found to test is no success
+# Libraries that choose the older instructions of another CPU: sums are then taken in another order, and their last bits differ.
+OTHER_CPUS = [
+    dict(ATEN_CPU_CAPABILITY="default"),
+    dict(MKL_CBWR="COMPATIBLE"),
+    dict(ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE"),
+]
 
-@pytest.fixture(scope="module")
-def results(request):
-    "A future for each chapter that was asked for."
-    asked = [i.callspec.params["path"] for i in request.session.items if i.path == Path(__file__)]
-    pool = ThreadPoolExecutor(int(os.environ.get("M2KIT_JOBS", 2)))
-    yield {p: pool.submit(run, p) for p in asked}
-    pool.shutdown(cancel_futures=True)
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.relative_to(ROOT/"nbs").with_suffix("").as_posix())
-def test_chapter(path, results, capsys):
-    passed, said, seconds = results[path].result()
-    with capsys.disabled(): print(f" {path.relative_to(ROOT)} {seconds:.1f} s ", end="", flush=True)
+def sources(path):
+    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+
+
+SLOW = [p for p in CHAPTERS if any(re.search(r"^#\s*\|\s*slow\s*$", s, re.M) for s in sources(p))]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name)
+def test_chapter(path):
+    passed, said = run_chapter(path)
+    assert passed, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SLOW, ids=name)
+def test_chapter_with_its_slow_cells(path):
+    passed, said = run_chapter(path, "slow", timeout=1800)
+    assert passed, said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", CHAPTERS, ids=name)
+@pytest.mark.parametrize("cpu", OTHER_CPUS, ids=lambda cpu: "+".join(f"{k}={v}" for k, v in cpu.items()))
+def test_chapter_on_another_cpu(path, cpu):
+    passed, said = run_chapter(path, timeout=1200, env={**os.environ, **cpu})
     assert passed, said

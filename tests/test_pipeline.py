@@ -206,6 +206,7 @@ def fig05(desk, runs):
     return made
 
 
+@pytest.mark.slow
 def test_figure_5_killed_and_resumed(desk, monkeypatch):
     whole, cut = small_figure_5(desk, "whole", monkeypatch), None
     done = subprocess.run(whole, capture_output=True, text=True, timeout=300)

@@ -91,7 +91,7 @@ def test_the_clip_binds_on_both_sides_and_only_there(one_batch):
     for side in (ratio > 1.28, ratio < .8, (ratio > 1.2) & (ratio < 1.28), (ratio > .72) & (ratio < .8)):
         for sign in (a > 0, a < 0): assert (side & sign & on).any()
     binds = ((ratio > 1.28) & (a > 0) | (ratio < .8) & (a < 0)) & on
-    assert our_loss(*one_batch[:4])[1] == pytest.approx((binds.sum()/on.sum()).item())
+    assert our_loss(*one_batch[:4])[1]["clipped"] == pytest.approx((binds.sum()/on.sum()).item())
 
 def test_loss_and_gradients(one_batch):
     model, *batch, loss, grads = one_batch
@@ -127,6 +127,8 @@ def test_updates_of_one_batch(tok, tmp_path, updates):
     assert apart(ended, theirs) < 1e-5 < 1e-2 < apart(ended, start)
     for key, name in dict(loss="loss", entropy="entropy", grad_norm="grad_norm", clipped="clip_ratio/region_mean").items():
         assert m[key] == pytest.approx(logged(t, name)[-1], abs=2e-5), name
+    for key, name in dict(clipped_up="clip_ratio/high_mean", clipped_down="clip_ratio/low_mean").items():       # means over the updates
+        assert m[key] == pytest.approx(statistics.mean(logged(t, name)), abs=2e-5), name
     assert (m["clipped"] > 0) == (updates > 1) and m["grad_norm"] > .02       # both clips were put to the test
 
 @pytest.mark.parametrize("scale", [False, True])

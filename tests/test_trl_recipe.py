@@ -178,4 +178,5 @@ def test_vllm_is_missed_in_words(tok, tmp_path):
 
 def test_both_loops_take_the_same_call(tok, tmp_path):
     rows = [f(fresh(tok), tok, TASKS, [vowels], TOY, Run(f.__name__, asdict(TOY), base=tmp_path)) for f in (train, trl_train)]
-    assert [list(r[0]) for r in rows][0] == [list(r[0]) for r in rows][1]
+    ours, theirs = (list(r[0]) for r in rows)
+    assert [k for k in ours if k not in ("p_clipped", "ratio")] == theirs             # which TRL does not tell

@@ -42,6 +42,11 @@ def atomic_write(
     return path
 
 # %% ../../nbs/core/run.ipynb #cell-12
+def _line(row) -> bytes:
+    "A row as JSON; in escapes where it holds half a surrogate pair, which UTF-8 cannot write."
+    try: return json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError: return json.dumps(row).encode()
+
 def append_jsonl(
     path,        # the file; its folder is made
     row: dict,   # anything JSON can hold
@@ -53,7 +58,7 @@ def append_jsonl(
         if f.tell():
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n": f.truncate(path.read_bytes().rfind(b"\n") + 1)
-        f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        f.write(_line(row) + b"\n")
 
 # %% ../../nbs/core/run.ipynb #cell-13
 def read_jsonl(
@@ -77,7 +82,7 @@ def fingerprint(
 ) -> str:
     "A short hash of `parts`, independent of the order of keys in dicts."
     text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:n]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:n]
 
 # %% ../../nbs/core/run.ipynb #cell-19
 def versions(

@@ -21,7 +21,7 @@ from ..lm.chat import ChatModel, Completion, Sampling
 from ..lm.log import CallLog, Logged
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from ..rubrics.rubric import Rubric
-from ..simulator.gate import read_object
+from ..lm.reply import read_object, section
 from ..train.rewards import as_rubric
 
 # %% ../../nbs/evaluate/pairwise.ipynb #cell-6
@@ -34,17 +34,13 @@ Compare them in five dimensions, each for itself:
 Neither length nor order nor layout counts by itself. Where neither answer is clearly better, say tie.
 Reply with one JSON object and nothing else: {{"explanation": "...", {", ".join(f'"{k}": "A", "B" or "tie"' for k in DIMENSIONS)}}}"""
 
-_MARK = re.compile(r"<(?=\s*/?\s*(?:conversation|answer_a|answer_b)\b)", re.I)
-
-def _section(mark, text): return f"<{mark}>\n{_MARK.sub('&lt;', text)}\n</{mark}>"
-
 def pair_prompt(
     conversation: list,  # messages before the answers
     a: str, b: str,      # the answers, in the order in which they are shown
 ) -> list[dict]:         # messages
     "The question about one pair in one order."
     talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in conversation)
-    return [dict(role="system", content=COMPARE), dict(role="user", content="\n\n".join((_section("conversation", talk), _section("answer_a", a), _section("answer_b", b))))]
+    return [dict(role="system", content=COMPARE), dict(role="user", content="\n\n".join((section("conversation", talk), section("answer_a", a), section("answer_b", b))))]
 
 # %% ../../nbs/evaluate/pairwise.ipynb #cell-9
 _VALUES = {"a": "first", "answer a": "first", "b": "second", "answer b": "second", **dict.fromkeys(("tie", "equal", "both", "neither", "same", "draw"), "tie")}

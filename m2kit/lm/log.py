@@ -78,7 +78,8 @@ def get(self: CallLog,
         self._refresh()
         if key not in self._at: return None
         _, _, row = next(_calls(self.path, self._at[key]))
-    return Completion(row["text"], row["prompt_tokens"], row["completion_tokens"], row["finish"])
+    names = ("text", "prompt_tokens", "completion_tokens", "finish")
+    return Completion(*(row[k] for k in names), thinking=row.get("thinking"))
 
 # %% ../../nbs/lm/log.ipynb #cell-16
 @patch
@@ -96,7 +97,7 @@ def put(self: CallLog,
     with self._mutex, self._file_lock:
         if (known := self.get(key)): return known
         append_jsonl(self.path, dict(key=key, model=model, messages=messages, sampling=sampling.identity, sample=sample,
-                                     text=completion.text, prompt_tokens=completion.prompt_tokens, completion_tokens=completion.completion_tokens,
+                                     text=completion.text, thinking=completion.thinking, prompt_tokens=completion.prompt_tokens, completion_tokens=completion.completion_tokens,
                                      finish=completion.finish, at=datetime.now(timezone.utc).isoformat(timespec="seconds")))
     return completion
 

@@ -16,7 +16,8 @@ from ..core.errors import UserError
 from ..core.stats import FEW, Estimate, bootstrap, estimate_dict, over_cases
 from ..lm.chat import ChatModel, Sampling
 from .experts import read_point
-from .generate import AskReport, Unusable, ask_until, read_json, read_rows, section
+from ..lm.reply import AskReport, Unusable, ask_until, read_json, section
+from .generate import read_rows
 from .rubric import DIMENSIONS, Criterion, Rubric
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-8

@@ -10,7 +10,8 @@ __all__ = ['HEAD', 'TAIL', 'ASK_DIMENSIONS', 'ASK_CANDIDATES', 'ASK_CHOICE', 'AS
 # %% ../../nbs/rubrics/construct.ipynb #cell-4
 from dataclasses import dataclass, replace
 from ..lm.chat import ChatModel, Sampling
-from .generate import AskReport, Failure, Source, Unusable, _dimension, _distinct, _points, _same, ask_until, mend, read_json, section, sections
+from ..lm.reply import AskReport, Unusable, ask_until, read_json, section
+from .generate import Failure, Source, _dimension, _distinct, _points, _same, mend, sections
 from .rubric import DIMENSIONS, Criterion, Rubric
 
 # %% ../../nbs/rubrics/construct.ipynb #cell-6

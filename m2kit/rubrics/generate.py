@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'WRITER', 'RUBRIC_SCHEMA', 'Source', 'record_text', 'persona_text', 'grade_of', 'excerpt', 'from_case',
-           'from_question', 'from_dialogue', 'section', 'sections', 'writing_prompt', 'mend', 'sound', 'Unusable',
-           'read_json', 'read_rubric_reply', 'AskReport', 'ask_until', 'Failure', 'Generator', 'read_rows',
-           'read_source', 'read_sources', 'generate_file']
+           'from_question', 'from_dialogue', 'sections', 'writing_prompt', 'mend', 'sound', 'read_rubric_reply',
+           'Failure', 'Generator', 'read_rows', 'read_source', 'read_sources', 'generate_file']
 
 # %% ../../nbs/rubrics/generate.ipynb #cell-4
 import json, re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from fastcore.basics import patch
 from ..clinic.case import Case
 from ..clinic.knowledge import Condition, conditions
 from ..core.errors import UserError
-from ..lm.chat import ChatModel, Completion, Sampling
-from .grade import _objects
+from ..lm.chat import ChatModel, Sampling
+from ..lm.reply import AskReport, Unusable, ask_until, read_json, section
 from .rubric import DIMENSIONS, SCENARIO_TAGS, Criterion, Rubric
 
 # %% ../../nbs/rubrics/generate.ipynb #cell-6
@@ -127,15 +126,6 @@ Every criterion has one dimension of: {", ".join(DIMENSIONS)}. Where they apply,
 Reply with one JSON object and nothing else: {{"criteria": [{{"dimension": "treatment rationality", "text": "Starts ...", "points": 8}}, ...]}}; a criterion with tags also has "tags": [...]."""
 
 # %% ../../nbs/rubrics/generate.ipynb #cell-19
-_MARK = re.compile(r"<(?=\s*/?\s*(?:record|question|dialogue|person|knowledge|draft|first|second)\b)", re.I)
-
-def section(
-    mark: str,   # its name
-    text: str,   # what it holds
-) -> str:
-    "A marked section of a prompt."
-    return f"<{mark}>\n{_MARK.sub('&lt;', text)}\n</{mark}>"
-
 def sections(
     source: Source,
 ) -> str:
@@ -227,29 +217,6 @@ def sound(
     if not criteria: raise UserError(f"rubric {id}: no criterion is left of {len(entries)} ({told}); write it anew")
     return Rubric(id, criteria), [name for name, _ in repairs]
 
-# %% ../../nbs/rubrics/generate.ipynb #cell-34
-class Unusable(ValueError):
-    "A reply that cannot be used; the message is a kind of fault, a colon, and what stood there."
-
-def _plain(x):
-    "A decoded reply in plain types; of a repeated key the last value counts."
-    if isinstance(x, list) and type(x) is not list: return {k: _plain(v) for k, v in x}
-    return [_plain(v) for v in x] if isinstance(x, list) else x
-
-def read_json(
-    text: str,       # what a model wrote
-) -> tuple:          # (dicts in the order of their appearance, whether the text breaks off inside an object)
-    "The JSON objects in a reply, thinking and prose left aside; `Unusable` when there are none."
-    text = (text or "").rpartition("</think>")[2]
-    if not text.strip(): raise Unusable("empty reply: ''")
-    if "<think>" in text: raise Unusable(f"unfinished thinking: {text[-60:]!r}")
-    text = re.sub(r"(:\s*)\+(?=\d)", r"\1", text)
-    found, rest = _objects(text)
-    torn = "{" in rest
-    while not found and "[" in text: text = text.partition("[")[2]; found, _ = _objects(text)
-    if not found: raise Unusable(f"no readable JSON: {text.strip()[:80]!r}")
-    return [_plain(o) for o in found], torn
-
 # %% ../../nbs/rubrics/generate.ipynb #cell-36
 def read_rubric_reply(
     text: str,     # what the generator wrote
@@ -264,55 +231,6 @@ def read_rubric_reply(
     except UserError as e: raise Unusable(f"no rubric: {e}") from None
     more = ["several drafts, the last one taken"]*(len(drafts) > 1) + ["bare list of criteria"]*(not drafts and not torn) + ["cut off"]*(torn and not drafts)
     return rubric, [*more, *repairs]
-
-# %% ../../nbs/rubrics/generate.ipynb #cell-39
-@dataclass
-class AskReport:
-    "What has been asked so far, and what went wrong."
-    asked: int = 0                                          # prompts
-    replies: int = 0                                        # replies read, first ones and retries
-    failed: int = 0                                         # prompts without a usable reply in the end
-    faults: Counter = field(default_factory=Counter)        # unusable replies by kind
-    repairs: Counter = field(default_factory=Counter)       # repairs in what was used, by name
-
-    def _repr_markdown_(self) -> str:
-        rows = [f"| {k} | {getattr(self, k)} |" for k in ("asked", "replies", "failed")] + [f"| {n}: {k} | {v} |" for n in ("faults", "repairs") for k, v in getattr(self, n).items()]
-        return "\n".join(["| | |", "| --- | --- |", *rows])
-
-def _read(completion: Completion, read, i):
-    "What `read` makes of a completion; an `Unusable` for an error."
-    if not completion.ok: raise Unusable(f"no reply: {completion.error}")
-    try: value, repairs = read(completion.text, i)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        if isinstance(e, Unusable): raise
-        raise Unusable(f"wrong types: {e!r:.80}") from None
-    return value, [*repairs, *(["cut off"] if completion.finish == "length" and "cut off" not in repairs else [])]
-
-# %% ../../nbs/rubrics/generate.ipynb #cell-40
-def ask_until(
-    model: ChatModel,              # who is asked
-    prompts: list,                 # dialogues
-    read,                          # (text, index) -> (value, names of repairs), or raises `Unusable`
-    sampling: Sampling = Sampling(temperature=0),
-    retries: int = 2,              # further tries for a reply that is unusable or was cut off, at least 0
-    retry_temperature: float = .7, # of the further tries, when the first one's is lower
-    report: AskReport = None,      # where to count
-) -> list:                         # per prompt the value, or the `Unusable` of the last try
-    "Ask all, and ask again for what cannot be used."
-    if type(retries) is not int or retries < 0: raise UserError(f"retries is {retries!r}; it is a whole number, at least 0")
-    report, got, fault, pending = report or AskReport(), {}, {}, list(range(len(prompts)))
-    report.asked += len(prompts)
-    for attempt in range(retries + 1):
-        if not pending: break
-        s = replace(sampling, seed=sampling.seed + attempt, temperature=max(sampling.temperature, retry_temperature)) if attempt else sampling
-        for i, c in zip(pending, model.chat([prompts[i] for i in pending], s), strict=True):
-            report.replies += 1
-            try: got[i] = _read(c, read, i)
-            except Unusable as e: fault[i] = e; report.faults[str(e).split(":")[0]] += 1
-        pending = [i for i in pending if i not in got or "cut off" in got[i][1]]
-    report.failed += len(prompts) - len(got)
-    for _, repairs in got.values(): report.repairs.update(repairs)
-    return [got[i][0] if i in got else fault[i] for i in range(len(prompts))]
 
 # %% ../../nbs/rubrics/generate.ipynb #cell-44
 @dataclass(frozen=True)

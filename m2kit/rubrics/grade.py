@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'NEGATIVE', 'INSTRUCTION_BLOCKS', 'FIELD', 'UNIFIED', 'SHARED', 'ASK_POSITIVE', 'ASK_NEGATIVE',
-           'GRADER_BLOCKS', 'UNIFIED_FIELD', 'ORDERS', 'reply_schema', 'field_of', 'grading_prompt', 'as_bool',
-           'read_reply', 'GradeReport', 'LMGrader']
+           'GRADER_BLOCKS', 'UNIFIED_FIELD', 'ORDERS', 'reply_schema', 'field_of', 'grading_prompt', 'read_reply',
+           'GradeReport', 'LMGrader']
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-4
 import json, re
@@ -13,7 +13,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from ..core.errors import UserError, choose
-from ..lm.chat import ChatModel, Sampling
+from ..lm.chat import ChatModel, Sampling, part_thinking
+from ..lm.reply import as_bool, json_fields, json_objects, section
 from .rubric import Criterion, Verdict
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-6
@@ -68,10 +69,6 @@ def field_of(
     return FIELD[criterion.positive] if typed else UNIFIED_FIELD
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-19
-_MARK = re.compile(r"<(?=\s*/?\s*(?:conversation|answer|criterion)\b)", re.I)
-
-def _section(mark, text): return f"<{mark}>\n{_MARK.sub('&lt;', text)}\n</{mark}>"
-
 def grading_prompt(
     conversation: list,        # messages {"role", "content"} before the answer
     answer: str,               # what is graded
@@ -83,80 +80,9 @@ def grading_prompt(
     shared = typed and choose(order, ORDERS, "order of a grading prompt") == "shared"
     talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in conversation)
     ask = [ASK_POSITIVE if criterion.positive else ASK_NEGATIVE] if shared else []
-    parts = [_section("conversation", talk), _section("answer", answer), *ask, _section("criterion", criterion.text)]
+    parts = [section("conversation", talk), section("answer", answer), *ask, section("criterion", criterion.text)]
     system = SHARED if shared else UNIFIED if not typed else POSITIVE if criterion.positive else NEGATIVE
     return [dict(role="system", content=system), dict(role="user", content="\n\n".join(parts))]
-
-# %% ../../nbs/rubrics/grade.ipynb #cell-24
-_TOKEN = re.compile(r'''\s+|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|“[^”]*”|[{}\[\]:,]|-?\d[\w.+-]*|[A-Za-z_]\w*''', re.S)
-_WORDS = dict(true="true", false="false", null="null", none="null")
-_DEPTH = {"{": 1, "[": 1, "}": -1, "]": -1}
-
-def _as_json(token):
-    "One token as JSON writes it."
-    if token[0] == "'": return '"' + re.sub(r'(?<!\\)"', r'\"', token[1:-1].replace("\\'", "'")) + '"'
-    if token[0] == "“": return json.dumps(token[1:-1])
-    if token[0].isalpha() or token[0] == "_": return _WORDS.get(token.lower()) or json.dumps(token)
-    return token
-
-def _mend(
-    text: str,       # the reply
-    pos: int,        # where a "{" stands
-) -> tuple:          # (JSON text or None when there is no whole object, where the reading stopped)
-    "Almost-JSON from `pos` to the matching bracket, as JSON."
-    out, depth = [], 0
-    while (m := _TOKEN.match(text, pos)):
-        token, pos = m[0], m.end()
-        if token.isspace(): continue
-        if token in "}]" and out and out[-1] == ",": out.pop()
-        out.append(_as_json(token))
-        depth += _DEPTH.get(token, 0)
-        if not depth: return " ".join(out), pos
-    return None, pos
-
-# %% ../../nbs/rubrics/grade.ipynb #cell-27
-class _Pairs(list): "A JSON object as the list of its pairs, repeated keys included."
-
-_strict = json.JSONDecoder(object_pairs_hook=_Pairs, strict=False)       # strict=False: raw newlines inside strings
-
-def _object(text, start):
-    "The object that starts at `start`, or None, and where reading stopped."
-    try: return _strict.raw_decode(text, start)
-    except (ValueError, RecursionError): pass
-    mended, end = _mend(text, start)
-    try: return (mended and _strict.decode(mended)), end
-    except (ValueError, RecursionError): return None, end
-
-def _objects(text):
-    "All objects in `text`, one after the other, and the text that is in none of them."
-    found, rest, pos = [], [], 0
-    while (start := text.find("{", pos)) >= 0:
-        rest.append(text[pos:start])
-        obj, pos = _object(text, start)
-        if obj is None: rest.append(text[start:pos])
-        else: found.append(obj)
-    return found, "".join(rest + [text[pos:]])
-
-# %% ../../nbs/rubrics/grade.ipynb #cell-30
-def _fields(objects):
-    "All (key, value) pairs in `objects`, nested ones included; keys in lower case without decoration."
-    out, stack = [], list(reversed(objects))
-    while stack:
-        x = stack.pop()
-        if isinstance(x, _Pairs):
-            out += [(re.sub(r"\W+", "_", k.strip().lower()).strip("_"), v) for k, v in x]
-            stack += [v for _, v in reversed(x)]
-        elif isinstance(x, list): stack += reversed(x)
-    return out
-
-def as_bool(
-    value,              # anything that JSON can hold
-) -> bool | None:       # None: it is neither clearly true nor clearly false
-    "A value that means true or false, in any of its usual notations."
-    if isinstance(value, bool): return value
-    if isinstance(value, (int, float)): return {0: False, 1: True}.get(value)
-    if isinstance(value, str): return dict(true=True, yes=True, false=False, no=False).get(value.strip(" \t\n.!*\"'").lower())
-    return None
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-33
 _SAYS = r"""(["'“”]?)(?<![a-z]){}\W{{0,4}}?[:=]\W*(\w*)"""
@@ -175,11 +101,11 @@ def read_reply(
     field: str,        # "acceptable", "unacceptable" or "criteria_met"
 ) -> Verdict:          # met is None when the reply does not say clearly; the explanation then begins with the kind of fault
     "The verdict in a grader's reply."
-    text = (text or "").rpartition("</think>")[2]
+    thinking, text = part_thinking(text or "")
+    if text is None: return _unknown("unfinished thinking", thinking[-60:])
     if not text.strip(): return _unknown("empty reply", text)
-    if "<think>" in text: return _unknown("unfinished thinking", text)
-    objects, rest = _objects(text)
-    said = _fields(objects)
+    objects, rest = json_objects(text)
+    said = json_fields(objects)
     values = [as_bool(v) for k, v in said if k == field]
     if not values: return _unknown(f"no field {field}" if said else "no readable JSON", text)
     kin = "criteri" if field == UNIFIED_FIELD else "(un_?)?accep"

@@ -12,7 +12,8 @@ import numpy as np
 from ..clinic.synthesize import Style, complaint, consultation
 from ..core.errors import UserError
 from ..lm.chat import ChatModel, Sampling
-from .generate import AskReport, Failure, Source, Unusable, ask_until, excerpt, from_case, from_dialogue, from_question, persona_text, read_json, sections
+from ..lm.reply import AskReport, Unusable, ask_until, read_json
+from .generate import Failure, Source, excerpt, from_case, from_dialogue, from_question, persona_text, sections
 from .rubric import DIMENSIONS, SCENARIO_TAGS
 
 # %% ../../nbs/rubrics/prompts.ipynb #cell-6

@@ -14,7 +14,7 @@ from functools import lru_cache
 from fastcore.basics import patch
 from ..core.errors import UserError
 from ..lm.chat import ChatModel, Completion, Sampling
-from ..rubrics.grade import _objects
+from ..lm.reply import json_objects
 from .calls import Call, Trouble
 from .gate import normal
 
@@ -87,7 +87,7 @@ def _json(text, doctor):
     bare = text.strip().removeprefix("```json").strip("` \n")
     try: other = bare == "null" or (bare.startswith("[") and isinstance(json.loads(bare), list))
     except (ValueError, RecursionError): other = False
-    if other or (bare.startswith("{") and _objects(bare)[0]): return f"JSON instead of speech: {text.strip()[:40]!r}", ""
+    if other or (bare.startswith("{") and json_objects(bare)[0]): return f"JSON instead of speech: {text.strip()[:40]!r}", ""
 
 def _marker(text, doctor):
     own = _TAG.match(text)
@@ -146,7 +146,7 @@ def hear(
 ) -> Heard:
     "The reply in a completion, and what is wrong with it."
     if not completion.ok: return Heard("", (("error", str(completion.error)),))
-    text, faults, ended = _end_mark(completion.text.rpartition("</think>")[2].partition("<think>")[0], ends)
+    text, faults, ended = _end_mark(completion.text, ends)
     for kind, rule in RULES.items():
         if (found := rule(text, doctor if kind == "script" else doctor.rpartition("\n")[2])): faults.append((kind, found[0])); text = found[1]
     for kind, detail, text in _length(text, completion.finish == "length", max_words): faults.append((kind, detail))

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from ..core.errors import UserError, choose
 from ..lm.chat import ChatModel, Completion, Sampling
-from .affect import GREETING, sentences
+from ..lm.reply import read_object
+from .affect import sentences
 from .calls import Call, Trouble, lockstep
-from .gate import line, read_object
+from .gate import line
 
 # %% ../../nbs/simulator/facts.ipynb #cell-6
 KINDS = ("leak", "contradiction", "fabrication")

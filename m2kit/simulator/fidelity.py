@@ -9,7 +9,7 @@ __all__ = ['AXES', 'SCORES', 'EXTRAS', 'ENDINGS', 'JUDGE_TURN', 'JUDGE_SESSION',
            'read_turn_judgement', 'read_opportunities', 'LMJudge']
 
 # %% ../../nbs/simulator/fidelity.ipynb #cell-4
-import random, re
+import random
 from collections import Counter
 from dataclasses import dataclass, replace
 from fastcore.basics import patch
@@ -17,9 +17,8 @@ from ..clinic.interview import Said, content, read_doctor, read_reply
 from ..clinic.persona import BEHAVIOURS
 from ..core.errors import UserError
 from ..lm.chat import ChatModel, Completion, Sampling
-from ..rubrics.grade import as_bool
+from ..lm.reply import as_bool, read_object, section
 from .attack import discloses, plain_words
-from .gate import read_object
 from .patient import SAFE
 
 # %% ../../nbs/simulator/fidelity.ipynb #cell-6
@@ -231,15 +230,13 @@ Reply with one JSON object and nothing else: {"personality": [{"turn": NUMBER, "
 # %% ../../nbs/simulator/fidelity.ipynb #cell-45
 FAULT_LISTS = ("leaks", "contradictions", "fabrications", "volunteered", "withheld")
 
-def _material(mark, text): return f"<{mark}>\n{re.sub(r'<(?=/?(script|doctor|reply|session)>)', '&lt;', text)}\n</{mark}>"
-
 def judge_turn_messages(
     script,        # has `text(persona=, private=)`
     question: str, # the doctor's turn
     reply: str,    # the patient's
 ) -> list[dict]:
     "The question about one turn."
-    parts = [_material("script", script.text(persona=False, private=True)), _material("doctor", question), _material("reply", reply)]
+    parts = [section("script", script.text(persona=False, private=True)), section("doctor", question), section("reply", reply)]
     return [dict(role="system", content=JUDGE_TURN), dict(role="user", content="\n\n".join(parts))]
 
 def judge_session_messages(
@@ -248,7 +245,7 @@ def judge_session_messages(
 ) -> list[dict]:
     "The question about a session's opportunities."
     talk = "\n".join(f"[{i}] Doctor: {' '.join(q.split())}\n[{i}] Patient: {' '.join(r.split())}" for i, (q, r) in enumerate(exchanges))
-    return [dict(role="system", content=JUDGE_SESSION), dict(role="user", content=f"{_material('script', script.text(persona=True, private=False))}\n\n{_material('session', talk)}")]
+    return [dict(role="system", content=JUDGE_SESSION), dict(role="user", content=f"{section('script', script.text(persona=True, private=False))}\n\n{section('session', talk)}")]
 
 # %% ../../nbs/simulator/fidelity.ipynb #cell-48
 def _texts(value):

@@ -28,8 +28,8 @@ from ..rubrics.rubric import Rubric, score
 from ..simulator.affect import PATIENT
 from ..simulator.fidelity import closes_at, judge_turn
 from ..simulator.patient import PatientSimulator
-from .grpo import GRPOConfig, rollout, train
-from .rewards import RubricReward, text_of
+from .grpo import GRPOConfig, pad_id, rollout, train
+from .rewards import RubricReward, answers_of
 from .sft import lessons, load_doctor
 
 # %% ../../nbs/train/monitors.ipynb #cell-6
@@ -248,7 +248,7 @@ class PolicyProbe:
         rng, self.model, self.tok, self.seed, self.max_new = random.Random(seed), model, tokenizer, seed, max_new
         self.cases, known = [draw_case(rng) for _ in range(n)], lessons(tokenizer, seed)
         self.rubrics = dict(held_out=[expert_rubric(c, 1) for c in self.cases], oracle=[reference_rubric(c) for c in self.cases])
-        self.batch = pad_batch([next(known) for _ in range(2*n)], tokenizer.pad_token_id)
+        self.batch = [x.to(model.device) for x in pad_batch([next(known) for _ in range(2*n)], pad_id(tokenizer))]
 
     def points(self,
         texts: list,         # two answers to each case
@@ -328,14 +328,14 @@ def pet_reward(
     prompts, completions, **columns,  # N of each, as for any reward
 ) -> list[float]:                     # in [0, 1]
     "The share of sentences that are one fixed sentence: a grader with a favourite."
-    said = [text_of(t) for t in completions]
+    said = answers_of(completions)
     return [t.count(PET)/max(1, t.count(".")) for t in said]
 
 def mention_reward(
     prompts, completions, **columns,  # N of each
 ) -> list[float]:                     # in [0, 1]
     "Each mention of a treatment meets the next of twelve criteria: a grader that counts and does not read."
-    return [min(1., sum(c.kind == "treatment" for c in read_clauses(text_of(t)))/12) for t in completions]
+    return [min(1., sum(c.kind == "treatment" for c in read_clauses(t))/12) for t in answers_of(completions)]
 
 # %% ../../nbs/train/monitors.ipynb #cell-43
 TRIALS = dict(healthy={}, collapse=dict(lr=1e-3, max_new=96), hacking=dict(lr=5e-4), forgetting=dict(lr=5e-3, max_new=128, steps=20), drift=dict(steps=20)) # what differs from SETTING

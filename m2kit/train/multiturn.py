@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAST', 'FAULTS', 'DUE', 'PolicyDoctor', 'play', 'slices', 'inverted', 'fault', 'due', 'retell', 'SliceRubrics',
            'person_of', 'slice_source', 'record_source', 'fit_of', 'agreement', 'TalkGrader', 'Finished', 'Fragments',
-           'session_rollout', 'session_reward', 'session_step', 'train_sessions', 'consult_card']
+           'session_ids', 'session_rollout', 'session_reward', 'session_step', 'train_sessions', 'consult_card']
 
 # %% ../../nbs/train/multiturn.ipynb #cell-4
 import json, random
@@ -18,12 +18,14 @@ from ..clinic.language import read_clauses
 from ..clinic.persona import Script, draw_script
 from ..core.errors import UserError
 from ..core.run import Run, atomic_write, fingerprint, read_jsonl
+from ..lm.local import end_ids
 from ..rubrics.experts import TALK, read_point, slice_points, with_lookups
 from ..rubrics.generate import Generator, Source, excerpt, from_case, from_dialogue, persona_text
 from ..rubrics.reference import clause_verdict
 from ..rubrics.rubric import Rubric, Verdict, score
 from .consultant import ASK, TURNS, asked, card, closing, exchanges, fact_finding, hold, session, simulated_patient, told
-from .grpo import GRPOConfig, Rollout, encode_prompts, group_advantage, load_state, rollout, save_state, update
+from .grpo import (
+    GRPOConfig, Rollout, between, encode_prompts, group_advantage, load_state, pad_id, rollout, save_state, update)
 from .rewards import RubricReward
 
 # %% ../../nbs/train/multiturn.ipynb #cell-6
@@ -229,8 +231,10 @@ class Finished:
     "A reward for finished answers only: 0 for one that was cut off."
     def __init__(self,
         reward,          # in TRL's shape
-        end: int,        # the end token
-    ): self.reward, self.end, self.__name__ = reward, end, getattr(reward, "__name__", type(reward).__name__)
+        ends,            # the end token, or the end tokens (`lm.local.end_ids`)
+    ):
+        self.reward, self.ends = reward, {ends} if isinstance(ends, int) else set(ends)
+        self.__name__ = getattr(reward, "__name__", type(reward).__name__)
 
     def __call__(self,
         completion_ids,  # N lists of ids
@@ -238,7 +242,7 @@ class Finished:
     ) -> list[float | None]:
         "The reward's values, but for what was cut off."
         values = self.reward(completion_ids=completion_ids, **columns)
-        return [v if v is None or ids[-1] == self.end else 0. for v, ids in zip(values, completion_ids, strict=True)]
+        return [v if v is None or i[-1] in self.ends else 0. for v, i in zip(values, completion_ids, strict=True)]
 
 # %% ../../nbs/train/multiturn.ipynb #cell-33
 class Fragments:
@@ -283,26 +287,38 @@ class Fragments:
         atomic_write(self.file, "".join(json.dumps(r) + "\n" for r in [*(r for r in read_jsonl(self.file) if r["block"] < block), row]))
 
 # %% ../../nbs/train/multiturn.ipynb #cell-36
+def session_ids(
+    tokenizer, ends: list[int], # the policy's, and its end tokens
+    talk: list[dict],           # a session
+    said: list[list[int]],      # the ids that were sampled, turn by turn
+) -> tuple[list[int], list[int]]: # ids behind the greeting; 1 where the policy wrote them
+    "A session as one long answer."
+    ids, learned = [], []
+    for n, turn in enumerate(said):
+        back = between(tokenizer, ends, ids[-1], talk[2*n + 1]["content"]) if n else []
+        ids, learned = [*ids, *back, *turn], [*learned, *[0]*len(back), *[1]*len(turn)]
+    return ids, learned
+
 def session_rollout(
-    tokenizer,          # the policy's
+    model, tokenizer,   # the policy
     talks: list,        # N*G sessions; the G with one patient stand together
     said: list,         # the ids that were sampled, turn by turn, for each
     group: int,         # G
-) -> Rollout:
+) -> Rollout:           # on the model's device
     "Sessions as a batch of answers to the greeting; the loss is on the doctor's tokens."
-    head = lambda text: tokenizer(f"<|user|>{text}<|end|><|assistant|>", add_special_tokens=False).input_ids
-    rows = []
-    for talk, turns in zip(talks, said, strict=True):
-        ids, learned = [], []
-        for n, turn in enumerate(turns):
-            if n: back = ([] if ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]) + head(talk[2*n + 1]["content"]); ids += back; learned += [0]*len(back)
-            ids, learned = ids + turn, learned + [1]*len(turn)
-        rows.append((ids, learned))
+    ends, device = end_ids(model, tokenizer), model.device
+    rows = [session_ids(tokenizer, ends, *x) for x in zip(talks, said, strict=True)]
     T = max(len(i) for i, _ in rows)
-    fill = lambda x, v: torch.tensor([r + [v]*(T - len(r)) for r in x])
-    prompt, pmask = encode_prompts(tokenizer, [t[:2] for t in talks[::group]])
-    return Rollout(prompt, pmask, fill([i for i, _ in rows], tokenizer.pad_token_id), fill([[1]*len(i) for i, _ in rows], 0), torch.tensor([closing(t[-1]["content"]) for t in talks]),
-                   [t[-1]["content"] for t in talks], fill([l for _, l in rows], 0))
+    fill = lambda x, v: torch.tensor([r + [v]*(T - len(r)) for r in x], device=device)
+    ids, mask = fill([i for i, _ in rows], pad_id(tokenizer)), fill([[1]*len(i) for i, _ in rows], 0)
+    answers = [t[-1]["content"] for t in talks]
+    return Rollout(
+        *encode_prompts(tokenizer, [t[:2] for t in talks[::group]], device),
+        ids, mask,
+        ended=torch.tensor([closing(t) for t in answers], device=device),
+        texts=answers,
+        learned=fill([l for _, l in rows], 0),
+    )
 
 # %% ../../nbs/train/multiturn.ipynb #cell-39
 def session_reward(
@@ -329,9 +345,10 @@ def session_step(
     each = [s for s in scripts for _ in range(cfg.group)]
     talks, doctor = play(model, tokenizer, each, patient, cfg.seed*10_007 + step, turns)
     rubrics = [r for r in writer.write([record_source(s) for s in scripts]) for _ in range(cfg.group)]
-    whole = [doctor.said[i][-1][-1] == tokenizer.eos_token_id for i in range(len(each))]
+    ends = end_ids(model, tokenizer)
+    whole = [doctor.said[i][-1][-1] in ends for i in range(len(each))]
     got = [np.nan if r is None else session_reward(*x, r, w) for *x, r, w in zip(each, talks, rubrics, whole)]
-    ro = session_rollout(tokenizer, talks, [doctor.said[i] for i in range(len(each))], cfg.group)
+    ro = session_rollout(model, tokenizer, talks, [doctor.said[i] for i in range(len(each))], cfg.group)
     advantage = group_advantage(torch.tensor(got, dtype=torch.float32).reshape(-1, cfg.group), cfg.scale).flatten()
     cards = [card(s, t) for s, t in zip(each, talks)]
     return dict(reward=float(np.nanmean(got)), tokens=doctor.tokens, **{k: float(np.mean([c[k] for c in cards])) for k in cards[0]}) | update(model, optimizer, ro, advantage, cfg)
