@@ -82,9 +82,11 @@ def frame(
     lines = textwrap.wrap(title, int(width*72/13/.66)) or [""]
     strip = .44 + .22*len(lines)                                              # inches
     fig.set_layout_engine("constrained", rect=(0, 0, 1, 1 - strip/height), h_pad=.05, w_pad=.05)
-    fig.text(.1/width, 1 - .07/height, "\n".join(lines), fontsize=13, fontweight="bold", ha="left", va="top")
+    fig.text(.1/width, 1 - .07/height, "\n".join(lines), fontsize=13, fontweight="bold", ha="left",
+             va="top")
     box = dict(boxstyle="round,pad=.35", facecolor=colour + "33", edgecolor=colour, linewidth=1.5)
-    mark = fig.text(.2/width, 1 - (strip - .19)/height, label.upper(), fontsize=9.5, fontweight="bold", ha="left", va="center", bbox=box)
+    mark = fig.text(.2/width, 1 - (strip - .19)/height, label.upper(), fontsize=9.5, fontweight="bold",
+                    ha="left", va="center", bbox=box)
     fig.add_artist(Annotation(words, (1, .5), (10, 0), xycoords=mark, textcoords="offset points",
                               fontsize=9.5, color="#444444", va="center"))
 
@@ -95,7 +97,8 @@ def picture(
 ) -> bytes:
     "The figure as a file's bytes, without dates and program versions."
     buffer = io.BytesIO()
-    fig.savefig(buffer, format=kind, metadata=dict(Software=None) if kind == "png" else dict(Date=None, Creator=None))
+    fig.savefig(buffer, format=kind,
+                metadata=dict(Software=None) if kind == "png" else dict(Date=None, Creator=None))
     return buffer.getvalue()
 
 # %% ../../nbs/core/plot.ipynb #7e3d4edc
@@ -131,7 +134,8 @@ def _stamped_png(png, lines):
     tall = LINE*len(lines) + 10
     with style():
         fig = plt.figure(figsize=(below.width/RC["savefig.dpi"], tall/72), facecolor=BANNER)
-        fig.text(8/72/fig.get_figwidth(), .5, "\n".join(lines), color="white", fontweight="bold", fontsize=11, va="center")
+        fig.text(8/72/fig.get_figwidth(), .5, "\n".join(lines), color="white", fontweight="bold",
+                 fontsize=11, va="center")
         above = Image.open(io.BytesIO(picture(fig, "png"))).convert("RGB")
         plt.close(fig)
     both = Image.new("RGB", (below.width, above.height + below.height), BANNER)
@@ -157,7 +161,8 @@ def unstamp(
         width, height = map(float, re.search(r'viewBox="0 [-\d.]+ ([\d.]+) ([\d.]+)"', svg).groups())
         height -= float(re.search(r'height="([\d.]+)"', group[0])[1])
         root = f'height="{height:g}pt" viewBox="0 0 {width:g} {height:g}"'
-        svg = re.sub(r'height="[\d.]+pt" viewBox="0 [-\d.]+ [\d.]+ [\d.]+"', root, svg.replace(group[0], ""), count=1)
+        svg = re.sub(r'height="[\d.]+pt" viewBox="0 [-\d.]+ [\d.]+ [\d.]+"', root,
+                     svg.replace(group[0], ""), count=1)
     return dict(png=png, svg=svg.encode())
 
 def stamp(

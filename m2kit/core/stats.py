@@ -70,7 +70,8 @@ def t_interval(
     from scipy.stats import t
     x = np.asarray(values, dtype=float)
     if len(x) < 2:
-        raise ValueError(f"an interval needs two values at least, and there {'is one' if len(x) else 'are none'}")
+        raise ValueError(f"an interval needs two values at least, and there "
+                         f"{'is one' if len(x) else 'are none'}")
     half = t.ppf((1 + level)/2, len(x) - 1)*x.std(0, ddof=1)/len(x)**.5
     return x.mean(0) - half, x.mean(0) + half
 
@@ -106,7 +107,8 @@ def bootstrap(
     "Percentile-bootstrap interval of any statistic of n independent units."
     if n < 2: return np.nan, np.nan
     from scipy import stats
-    drawn = stats.bootstrap((np.arange(n),), lambda rows, axis: statistic(rows), n_resamples=resamples, batch=250,
+    drawn = stats.bootstrap((np.arange(n),), lambda rows, axis: statistic(rows), n_resamples=resamples,
+                            batch=250,
                             vectorized=True, method="percentile", random_state=np.random.default_rng(seed))
     known = drawn.bootstrap_distribution[np.isfinite(drawn.bootstrap_distribution)]
     if not len(known): return np.nan, np.nan
@@ -151,10 +153,12 @@ def contrast_interval(
     "A weighted sum of the arms' scores, with its paired bootstrap interval by case."
     arms = [_pairs(a) for a in arms]
     if len({a.shape for a in arms}) > 1:
-        raise UserError(f"{' against '.join(str(len(a)) for a in arms)} dialogues: arms are compared on the same dialogues")
+        raise UserError(f"{' against '.join(str(len(a)) for a in arms)} dialogues: arms are compared on "
+                        f"the same dialogues")
     def value(rows): return sum(w*_score(a[rows].sum(-3)) for w, a in zip(weights, arms, strict=True))
     everyone = np.arange(len(arms[0]))
-    return Estimate(value(everyone), *bootstrap(value, len(everyone), seed, level, resamples), len(everyone), unit, least=FEW)
+    return Estimate(value(everyone), *bootstrap(value, len(everyone), seed, level, resamples),
+                    len(everyone), unit, least=FEW)
 
 # %% ../../nbs/core/stats.ipynb #ed867fb7
 def wilson(
@@ -225,7 +229,8 @@ def tost(
 ) -> float:          # p-value: the larger of the two one-sided ones
     "Two one-sided t tests: is the mean inside the margin?"
     from scipy.stats import ttest_1samp
-    return float(max(ttest_1samp(values, low, alternative="greater").pvalue, ttest_1samp(values, high, alternative="less").pvalue))
+    return float(max(ttest_1samp(values, low, alternative="greater").pvalue,
+                     ttest_1samp(values, high, alternative="less").pvalue))
 
 # %% ../../nbs/core/stats.ipynb #32e2390c
 VERDICTS = ("reproduced", "refuted", "cannot tell", "not tested here")
@@ -297,10 +302,13 @@ def finding(
     choose(direction, DIRECTIONS, "direction")
     if not what.strip(): raise UserError("a finding says what was measured; give it in a few words")
     value, low, high = (x if math.isfinite(x) else None for x in estimate)
-    if value is None: raise UserError(f"{what}: the estimate is not a number; leave the finding out, and say why it is not tested")
+    if value is None:
+        raise UserError(f"{what}: the estimate is not a number; leave the finding out, and say why it is "
+                        f"not tested")
     margin = margin if margin is None else list(map(float, margin)) if np.ndim(margin) else float(margin)
     return Finding(what, value, low, high, estimate.n, estimate.unit, direction, float(threshold), margin,
-                   paper if paper is None or isinstance(paper, str) else float(paper), p if p is None else float(p), estimate.least)
+                   paper if paper is None or isinstance(paper, str) else float(paper),
+                   p if p is None else float(p), estimate.least)
 
 def above(
     what: str,              # what was measured, with its unit
@@ -372,8 +380,10 @@ def wanted(
 ) -> str:
     "What the claim needs of a finding, in words."
     limit = number(f.threshold)
-    if f.direction == "equal" and isinstance(f.margin, list): return f"within {number(f.margin[0])} to {number(f.margin[1])}"
-    if f.direction == "equal": return f"equal to {limit}, within {number(f.margin)}" if f.margin else f"equal to {limit}"
+    if f.direction == "equal" and isinstance(f.margin,
+                                             list): return f"within {number(f.margin[0])} to {number(f.margin[1])}"
+    if f.direction == "equal":
+        return f"equal to {limit}, within {number(f.margin)}" if f.margin else f"equal to {limit}"
     said = dict(above=f"above {limit}", below=f"below {limit}", apart=f"apart from {limit}")[f.direction]
     said += f"; less than {number(f.margin)} from it does not matter" if f.margin is not None else ""
     return said + ("; exact test p < 0.05" if f.p is not None else "")
@@ -405,7 +415,8 @@ class Freshness:
 
     def __post_init__(self):
         if choose(self.state, STATES, "state") != "fresh" and not self.why.strip():
-            raise UserError(f"evidence that is {self.state} says why: what changed, or what the replay reached")
+            raise UserError(f"evidence that is {self.state} says why: what changed, or what the replay "
+                            f"reached")
 
     @property
     def stale(self) -> bool:

@@ -32,7 +32,8 @@ class Claim:
         choose(self.whose, WHOSE, "owner of a claim")
         object.__setattr__(self, "findings", tuple(self.findings))
         for field in ("id", "text"):
-            if not getattr(self, field).strip(): raise UserError(f"claim {self.id!r}: its {field} is empty; say it in a sentence")
+            if not getattr(self, field).strip():
+                raise UserError(f"claim {self.id!r}: its {field} is empty; say it in a sentence")
         if not self.findings and not self.untested:
             raise UserError(f"claim {self.id!r}: it has no finding; give one, or say why it is not tested")
 
@@ -60,12 +61,17 @@ def read_claim(
     "A claim from an exhibit's JSON; a `UserError` where its verdict is not what its numbers give."
     try:
         findings = [Finding(**{k: v for k, v in f.items() if k != "verdict"}) for f in stored["findings"]]
-        claim = Claim(*(stored[k] for k in ("id", "text", "whose")), findings, stored["untested"], stored["note"])
+        claim = Claim(*(stored[k] for k in ("id", "text", "whose")), findings, stored["untested"],
+                      stored["note"])
     except (KeyError, TypeError) as e:
-        raise UserError(f"claim {stored.get('id', '?')!r}: not in this kit's form ({e}); run its exhibit again") from None
+        raise UserError(f"claim {stored.get('id', '?')!r}: not in this kit's form ({e}); run its exhibit "
+                        f"again") from None
     for what, said, found in [("its verdict", stored["verdict"], claim.verdict),
-                              *(("a finding's verdict", d["verdict"], f.verdict) for d, f in zip(stored["findings"], findings))]:
-        if said != found: raise UserError(f"claim {claim.id!r}: {what} is {said!r}, and its numbers say {found!r}; run its exhibit again")
+                              *(("a finding's verdict", d["verdict"], f.verdict)
+                                for d, f in zip(stored["findings"], findings))]:
+        if said != found:
+            raise UserError(f"claim {claim.id!r}: {what} is {said!r}, and its numbers say {found!r}; run "
+                            f"its exhibit again")
     return claim
 
 # %% ../../nbs/reproduce/claims.ipynb #8213f66e
@@ -80,7 +86,8 @@ def read_exhibits(
         if name in ("claims", *without): continue
         try: found[name] = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
-            raise UserError(f"{path}: not an exhibit's JSON; delete it and run: m2kit reproduce --only {name}") from None
+            raise UserError(f"{path}: not an exhibit's JSON; delete it and run: m2kit reproduce --only "
+                            f"{name}") from None
         if found[name].get("exhibit") != name:
             raise UserError(f"{path}: holds exhibit {found[name].get('exhibit')!r}; rename or delete it")
     return found
@@ -126,7 +133,8 @@ def gather(
 ) -> dict:       # what was written
     "Write `figures/claims.json`."
     book = book_of(figures, without)
-    atomic_write(Path(figures)/"claims.json", json.dumps(book, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write(Path(figures)/"claims.json",
+                 json.dumps(book, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return book
 
 # %% ../../nbs/reproduce/claims.ipynb #71c85237
@@ -135,7 +143,8 @@ def counts_sentence(
 ) -> str:
     "What came out, in words."
     owners = dict(paper="of the paper's", book="of the book's own")
-    parts = [f"{owners[w]} {sum(by.values())}, " + ", ".join(f"{n} {v}" for v, n in by.items() if n) for w, by in counts.items() if sum(by.values())]
+    parts = [f"{owners[w]} {sum(by.values())}, " + ", ".join(f"{n} {v}" for v, n in by.items() if n)
+             for w, by in counts.items() if sum(by.values())]
     return f"Claims: {'; '.join(parts) or 'none'}."
 
 # %% ../../nbs/reproduce/claims.ipynb #894b90e5
@@ -146,5 +155,6 @@ def ledger(
     import pandas as pd
     columns = ["exhibit", "label", "whose", "verdict", "text", "findings"]
     both = [(ledger_row(e, c), read_claim(c)) for e in read_exhibits(figures).values() for c in e["claims"]]
-    told = [row | dict(findings="; ".join([*map(sentence, claim.findings), row["untested"]]).strip("; ")) for row, claim in both]
+    told = [row | dict(findings="; ".join([*map(sentence, claim.findings), row["untested"]]).strip("; "))
+            for row, claim in both]
     return pd.DataFrame([{k: r[k] for k in columns} for r in told], columns=columns)

@@ -29,8 +29,10 @@ def plain(
     if isinstance(x, (list, tuple)): return [plain(v, f"{at}[{i}]", digits) for i, v in enumerate(x)]
     if isinstance(x, (str, bool, int)) or x is None: return x
     if not isinstance(x, float):
-        raise ValueError(f"{at} is a {type(x).__name__}; an exhibit's values are numbers, strings, lists and dicts")
-    if not math.isfinite(x): raise ValueError(f"{at} is {x}; leave it out, or put None where there is no number")
+        raise ValueError(f"{at} is a {type(x).__name__}; an exhibit's values are numbers, strings, lists "
+                         f"and dicts")
+    if not math.isfinite(x):
+        raise ValueError(f"{at} is {x}; leave it out, or put None where there is no number")
     return float(f"{x:.{digits}g}")
 
 # %% ../../nbs/reproduce/exhibits.ipynb #9a548c4d
@@ -88,7 +90,8 @@ def save_exhibit(
     fresh, folder = resting_on(label, evidence), figures_dir(out)
     made = dict(
         exhibit=name, title=title, scale=get_scale(scale).name, label=label,
-        values=plain(values, "values"), intervals=plain(intervals or {}, "intervals"), seeds=plain(seeds, "seeds"),
+        values=plain(values, "values"), intervals=plain(intervals or {}, "intervals"),
+        seeds=plain(seeds, "seeds"),
         versions=versions(), commit=commit(), freshness=fresh and asdict(fresh),
         seconds=None if seconds is None else round(float(seconds), 1),
         claims=[plain(claim_dict(c), c.id, digits=8) for c in claims])
@@ -108,10 +111,13 @@ def relabel(
     "Say in an exhibit's pictures and JSON what became of the evidence that it rests on."
     folder = figures_dir(out)
     exhibit = read_exhibits(folder).get(name)
-    if exhibit is None: raise UserError(f"{folder}: there is no exhibit {name}; run: m2kit reproduce --only {name}")
-    if exhibit["label"] != "measured": raise UserError(f"{name} is {exhibit['label']} and rests on no run: it cannot be {fresh.state}")
+    if exhibit is None:
+        raise UserError(f"{folder}: there is no exhibit {name}; run: m2kit reproduce --only {name}")
+    if exhibit["label"] != "measured":
+        raise UserError(f"{name} is {exhibit['label']} and rests on no run: it cannot be {fresh.state}")
     if freshness_of(exhibit) == fresh: return False
-    write_pictures(folder, name, {kind: (folder/f"{name}.{kind}").read_bytes() for kind in ("png", "svg")}, fresh)
+    write_pictures(folder, name, {kind: (folder/f"{name}.{kind}").read_bytes() for kind in ("png", "svg")},
+                   fresh)
     write_values(folder, exhibit | dict(freshness=asdict(fresh)))
     return True
 
@@ -131,7 +137,8 @@ def score_bars(
         colour = PALETTE["vermilion" if name == highlight else "blue"]
         look = dict(color=colour) if firm else dict(color="white", hatch="////")
         ax.barh(i, value, height=.72, edgecolor=colour, linewidth=1, **look)
-        ax.text(value, i, f" {value:.1f}", va="center", fontsize=9.5, fontweight="bold" if name == highlight else None)
+        ax.text(value, i, f" {value:.1f}", va="center", fontsize=9.5,
+                fontweight="bold" if name == highlight else None)
 
 # %% ../../nbs/reproduce/exhibits.ipynb #e0288b9d
 def score_panels(
@@ -143,7 +150,8 @@ def score_panels(
     "One panel of bars for each benchmark."
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
-    fig, axes = plt.subplots(1, len(metrics), figsize=(8, 1.6 + .34*len(subjects)), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(metrics), figsize=(8, 1.6 + .34*len(subjects)), sharey=True,
+                             squeeze=False)
     for ax, (metric, name) in zip(axes[0], metrics.items()):
         part = rows[rows.metric == metric]
         score_bars(ax, part, subjects, highlight)

@@ -41,13 +41,17 @@ def beside(
 ) -> dict:         # {"metrics": [(metric, unit)], "rows": [(subject, [cell or None])], "sources": {status: [source]}}
     "The paper's numbers for an exhibit, with ours in the same cells."
     rows = published().query("exhibit == @exhibit['exhibit']").to_dict("records")
-    metrics, subjects = dict.fromkeys((r["metric"], r["unit"]) for r in rows), dict.fromkeys(r["subject"] for r in rows)
+    metrics, subjects = dict.fromkeys((r["metric"], r["unit"]) for r in rows), dict.fromkeys(r["subject"]
+                                                                                             for r in rows)
     def pick(where, r):
         "Ours in the place of a published row."
         inner = where.get(r["subject"])
         return inner.get(r["metric"]) if isinstance(inner, dict) and exhibit["label"] != "redrawn" else None
-    cells = {(r["subject"], r["metric"], r["unit"]): dict(r, ours=pick(exhibit["values"], r), interval=pick(exhibit["intervals"], r)) for r in rows}
-    sources = {status: list(dict.fromkeys(r["source"] for r in rows if r["status"] == status)) for status in STATUSES}
+    cells = {(r["subject"], r["metric"], r["unit"]): dict(r, ours=pick(exhibit["values"], r),
+                                                          interval=pick(exhibit["intervals"], r))
+                                                          for r in rows}
+    sources = {status: list(dict.fromkeys(r["source"] for r in rows if r["status"] == status))
+               for status in STATUSES}
     return dict(metrics=list(metrics), rows=[(s, [cells.get((s, *m)) for m in metrics]) for s in subjects],
                 sources={k: v for k, v in sources.items() if v})
 
@@ -159,7 +163,8 @@ WHOSE = dict(paper="the paper's claim", book="a question of this book")
 def page():
     "The page as a Jinja template; every text that goes in is escaped."
     from jinja2 import DictLoader, Environment
-    env = Environment(loader=DictLoader(dict(claim=CLAIM, exhibit=EXHIBIT, page=PAGE)), autoescape=True, trim_blocks=True)
+    env = Environment(loader=DictLoader(dict(claim=CLAIM, exhibit=EXHIBIT, page=PAGE)), autoescape=True,
+                      trim_blocks=True)
     env.globals.update(number=number, over=over, wanted=wanted, marks=MARKS, whose=WHOSE, css=CSS)
     env.filters["number"] = number
     return env.get_template("page")
@@ -171,7 +176,8 @@ def prepared(
     "An exhibit with all that the page needs to show it; its picture inside, as a data URI."
     svg = base64.b64encode((Path(figures)/f"{e['exhibit']}.svg").read_bytes()).decode()
     rows = [(ledger_row(e, c), read_claim(c)) for c in e["claims"]]
-    return dict(e, image=f"data:image/svg+xml;base64,{svg}", badge=badge(e["label"], e["scale"], e["seeds"]), beside=beside(e),
+    return dict(e, image=f"data:image/svg+xml;base64,{svg}",
+                badge=badge(e["label"], e["scale"], e["seeds"]), beside=beside(e),
                 flat=flat(e["values"]), fresh=freshness_of(e), rows=rows)
 
 # %% ../../nbs/reproduce/report.ipynb #7820878d
@@ -183,7 +189,8 @@ def write_report(
     "Write `report.html` from the exhibits in `figures`."
     figures, titles, failed = Path(figures or root()/"figures"), dict(titles), dict(failed)
     there = [prepared(e, figures) for e in read_exhibits(figures, without=failed).values()]
-    missing = {n: t for n, t in titles.items() if n not in failed and n not in {e["exhibit"] for e in there}}
+    missing = {n: t for n, t in titles.items() if n not in failed
+               and n not in {e["exhibit"] for e in there}}
     said = counts_sentence(count([row for e in there for row, _ in e["rows"]]))
     html = page().render(exhibits=there, failed=failed, missing=missing, titles=titles, said=said)
     return atomic_write(figures/"report.html", html)
