@@ -77,7 +77,7 @@ def import_seconds():
 def test_import_is_quick():
     assert best(import_seconds, 0.3) < 0.3
 
-@pytest.mark.parametrize("module", ["m2kit", "m2kit.core.run", "m2kit.infer.memory", "m2kit.reproduce.cli"])
+@pytest.mark.parametrize("module", ["m2kit", "m2kit.core.run", "m2kit.lm.memory", "m2kit.reproduce.cli"])
 def test_import_brings_no_torch(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from ..core.errors import UserError, choose
-from .memory import decoder
+from ..lm.memory import decoder
 from .quantize import Grid, Quantized, check_model, quantize_model
 from .rotate import rotate
 from ..lm.local import load, place
-from ..lm.tiny import pad_batch
+from ..train.sft import pad_batch
 
 # %% ../../nbs/infer/export.ipynb #cell-6
 def pack_codes(

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from ..core.errors import UserError, choose
 from ..core.stats import FEW, Estimate, bootstrap
-from .memory import KV_BYTES, decoder, kv_bytes, weight_bytes, parameters
+from ..lm.memory import KV_BYTES, decoder, kv_bytes, weight_bytes, parameters
 from .serve import draft_bytes
 
 # %% ../../nbs/infer/speedup.ipynb #cell-6

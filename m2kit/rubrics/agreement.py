@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from ..core.errors import UserError
+from ..core.files import text_lines
 from ..core.stats import FEW, Estimate, bootstrap, estimate_dict, over_cases
 from ..lm.chat import ChatModel, Sampling
 from .experts import read_point
@@ -212,8 +213,7 @@ def agreement_file(
     "Agreement of two files of rubrics."
     def read(path):
         "The sound rubrics of a file by id, and the reasons for the others."
-        try: good, bad = read_rows([l for l in Path(path).read_text(encoding="utf-8").split("\n") if l.strip()], strict=False)
-        except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); give a .jsonl file of rubrics") from None
+        good, bad = read_rows([text for _, text in text_lines(path)], strict=False)
         return {r.id: r for r in good}, [f"{path}: {f.reason}" for f in bad]
     (a, bad_a), (b, bad_b) = read(generated), read(experts)
     ids = [i for i in a if i in b]

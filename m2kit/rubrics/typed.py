@@ -10,6 +10,7 @@ import json, random, re
 from pathlib import Path
 from ..clinic.synthesize import Style, answer, draw_case, opening
 from ..core.errors import UserError
+from ..core.files import json_values
 from ..core.run import fingerprint
 from ..core.stats import gap_interval, ratio_interval
 from ..lm.chat import FunctionModel, Sampling
@@ -45,14 +46,10 @@ def read_labelled(
     path,               # a .jsonl file in the format above
 ) -> list[tuple]:       # as `labelled_answers` gives them
     "Answers with labels from a file; a `UserError` names the line that is wrong."
-    try: lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); give a .jsonl file of labelled answers") from None
     out = []
-    for i, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: out.append(_labelled(json.loads(line)))
-        except json.JSONDecodeError as e: raise UserError(f"{path}:{i}: not JSON ({e.msg}); mend that line") from None
-        except UserError as e: raise UserError(f"{path}:{i}: {e}") from None
+    for where, d in json_values(path):
+        try: out.append(_labelled(d))
+        except UserError as e: raise UserError(f"{where}: {e}") from None
     if not out: raise UserError(f"{path}: no labelled answers in it; write one JSON object a line")
     return out
 
