@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 from m2kit.core.errors import UserError
-from m2kit.lm.tiny import make_model
+from m2kit.tiny.model import make_model
 from m2kit.train import experiments, grpo
-from m2kit.train.sft import clinic_tokenizer
+from m2kit.tiny.doctor import clinic_tokenizer
 
 SMALL = dict(steps=4, prompts=2, group=2, max_new=24, l_max=24, save_every=2, updates=2)
 

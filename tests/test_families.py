@@ -10,9 +10,9 @@ from transformers import (
     AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 from m2kit.clinic.persona import draw_script
 from m2kit.core.errors import UserError
-from m2kit.core.run import Run
+from m2kit.core.step import Step
 from m2kit.lm.local import end_ids, turn_tail
-from m2kit.lm.tiny import make_tokenizer
+from m2kit.tiny.model import make_tokenizer
 from m2kit.train import grpo
 from m2kit.train.consultant import reference_patient
 from m2kit.train.grpo import GRPOConfig, answer_logps, between, encode_prompts, rollout, sample_tokens, train, update
@@ -122,12 +122,12 @@ def test_a_step(family, dtype, tmp_path):
     "Rollout, reward, update, in the model's own precision; saved, and gone on with."
     model, tok = make(family, dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    row, = train(model, tok, [dict(prompt=a) for a in ASKS], [vowels], CFG, Run("a", {}, base=tmp_path))
+    row, = train(model, tok, [dict(prompt=a) for a in ASKS], [vowels], CFG, Step("a", {}, base=tmp_path))
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert row["grad_norm"] > 0 and 0 <= row["clipped"] < 1 and abs(row["ratio"] - 1) > 1e-4
     assert sum((p != start[n]).any().item() for n, p in model.named_parameters()) > len(start)//2
     again, _ = make(family, dtype)
-    train(again, tok, [dict(prompt=a) for a in ASKS], [vowels], CFG, Run("a", {}, base=tmp_path))        # nothing is left to do: it is loaded
+    train(again, tok, [dict(prompt=a) for a in ASKS], [vowels], CFG, Step("a", {}, base=tmp_path))        # nothing is left to do: it is loaded
     assert all(torch.equal(p, dict(again.named_parameters())[n]) for n, p in model.named_parameters())
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3"])
@@ -224,5 +224,5 @@ def test_a_card_draws_the_same(family):
 def test_a_step_on_a_card(family, dtype, tmp_path):
     model, tok = make(family, dtype)
     model = model.to("cuda")
-    row, = train(model, tok, [dict(prompt=a) for a in ASKS], [vowels], CFG, Run("a", {}, base=tmp_path))
+    row, = train(model, tok, [dict(prompt=a) for a in ASKS], [vowels], CFG, Step("a", {}, base=tmp_path))
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(dtype, "cuda")} and row["grad_norm"] > 0

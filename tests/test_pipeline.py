@@ -190,7 +190,7 @@ def test_the_redrawn_exhibits(desk):
 
 def small_figure_5(desk, runs, monkeypatch):
     "Figure 5 with two short arms, in runs of its own, on the tiny doctor that the chapters use."
-    from m2kit.train.sft import tiny_doctor
+    from m2kit.tiny.doctor import tiny_doctor
     monkeypatch.delenv("M2KIT_RUNS")
     models = tiny_doctor().parent
     monkeypatch.setenv("M2KIT_RUNS", str(desk/runs))

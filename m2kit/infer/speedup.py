@@ -11,7 +11,7 @@ import time
 from functools import partial
 import numpy as np
 from ..core.errors import UserError, choose
-from .memory import KV_BYTES, decoder, kv_bytes, weight_bytes, parameters
+from ..lm.memory import KV_BYTES, decoder, kv_bytes, weight_bytes, parameters
 from .serve import draft_bytes
 
 # %% ../../nbs/infer/speedup.ipynb #cell-6

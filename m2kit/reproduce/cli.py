@@ -448,7 +448,7 @@ def seed_option(
     LOG)
 def consult(case, number, condition, seed, model, checker, judge, save, log):
     "Talk in the terminal."
-    from m2kit.simulator.consult import Consultation, consult as talk, open_simulator
+    from m2kit.service.consult import Consultation, consult as talk, open_simulator
     script = pick_script(case, number, condition, seed)
     consultation = Consultation(script, None, None, save)
     if judge:
@@ -647,7 +647,7 @@ def agreement(generated, experts, referee, log, seed):
     option("--no-scores", is_flag=True, show_default=False, help="Train only."))
 def ladder(stages, start, seed, no_scores):
     "Run the stages and print a row each."
-    from m2kit.train.stages import ladder as run
+    from m2kit.tiny.ladder import ladder as run
     tell = lambda line: print(line, file=sys.stderr)
     for r in run(stages, seed, start, tell=tell, **dict(n=0) if no_scores else {}):
         scores = "".join(f"  {k} {r[k]:.2f}" for k in ("score", "diagnosis", "fact_finding") if k in r)

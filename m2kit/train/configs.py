@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.errors import UserError, choose, require
 from ..core.files import json_values
 from ..core.run import atomic_write
-from ..infer.memory import QWEN25_32B, card_bytes, decoder, parameters
+from ..lm.memory import QWEN25_32B, card_bytes, decoder, parameters
 from ..rubrics.reference import ClauseGrader
 from .rewards import RubricReward, as_rubric, diagnosis_reward, guarded
 
@@ -116,7 +116,7 @@ def train_recipe(
     args,          # of `recipe_arguments`
 ) -> list[dict]:   # the metrics of all steps
     "What the training script does."
-    from m2kit.core.run import Run
+    from m2kit.core.step import Step
     from m2kit.lm.open import open_model
     from m2kit.rubrics.grade import LMGrader
     from m2kit.train.grpo import GRPOConfig
@@ -126,7 +126,7 @@ def train_recipe(
     rubric = RubricReward(LMGrader(open_model(args.grader)) if args.grader else ClauseGrader())
     one_at_a_time = cfg.prompts*cfg.group//int(os.environ.get("WORLD_SIZE", 1))   # an answer is as long as many
     fields = dict(gradient_accumulation_steps=one_at_a_time) | (vllm_fields(args.vllm, args.max_new + 4096) if args.vllm else {})
-    run = Run("grpo", vars(args), args.out)
+    run = Step("grpo", vars(args), args.out)
     return trl_train(args.model, None, recipe_tasks(args.tasks, args.seed), [rubric, LengthReward(rubric, cfg.group, coef=args.coef)], cfg, run,
                      tell=lambda row: print(json.dumps(row), flush=True), options=qlora(args.qlora) if args.qlora else None, **fields)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Cache, Qwen3ForCausalLM
 from ..clinic.language import PARTS, composition, read_clauses, words_by_part
 from ..core.errors import UserError
-from ..core.run import Run
+from ..core.step import Step
 from ..lm.local import end_ids, turn_tail
 from ..rubrics.reference import wanted
 from .rewards import as_rubric, guarded, name_of
@@ -36,7 +36,7 @@ def group_advantage(
     if scale: centred = centred/(((centred**2).nansum(1, keepdim=True)/(known - 1).clamp(min=1)).sqrt() + 1e-4)
     return centred.nan_to_num(0.)
 
-# %% ../../nbs/train/grpo.ipynb #8a7b54cb
+# %% ../../nbs/train/grpo.ipynb #cell-11
 def clip_stats(
     ratio,                   # (B, T), new probability / old
     old_logp, advantage,     # (B, T) and (B,), as in `policy_loss`
@@ -53,7 +53,7 @@ def clip_stats(
         ratio=ratio[on].mean().item() if on.any() else 1.,
     )
 
-# %% ../../nbs/train/grpo.ipynb #cell-10
+# %% ../../nbs/train/grpo.ipynb #cell-12
 def policy_loss(
     logp, old_logp,          # (B, T) log-probabilities of the sampled tokens, now and when they were sampled
     advantage,               # (B,)
@@ -70,7 +70,7 @@ def policy_loss(
     loss = -(torch.min(gain, clipped)*mask).sum()/((l_max or 1)*len(mask))
     return loss, dict(clipped=binds.mean().item() if len(binds) else 0.) | stats
 
-# %% ../../nbs/train/grpo.ipynb #cell-15
+# %% ../../nbs/train/grpo.ipynb #cell-19
 def sample_tokens(
     logits: torch.Tensor,         # (B, V)
     u: torch.Tensor,              # (B,), uniform in [0, 1)
@@ -79,7 +79,7 @@ def sample_tokens(
     cdf = logits.float().softmax(-1).cumsum(-1)      # in half precision a sum over a vocabulary would stand still
     return torch.searchsorted(cdf, u[:, None]*cdf[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
 
-# %% ../../nbs/train/grpo.ipynb #cell-19
+# %% ../../nbs/train/grpo.ipynb #cell-24
 @dataclass
 class Rollout:
     "Sampled answers. N questions, G answers each, B = N*G."
@@ -106,7 +106,7 @@ class Rollout:
         "B lists of ids without padding, as TRL hands them to rewards."
         return [i[:n].tolist() for i, n in zip(self.ids, self.lengths)]
 
-# %% ../../nbs/train/grpo.ipynb #cell-20
+# %% ../../nbs/train/grpo.ipynb #cell-25
 def pad_id(
     tokenizer,         # may have no padding token
 ) -> int:
@@ -132,7 +132,7 @@ def positions(
     "Where each token stands."
     return (mask.cumsum(1) - 1).clamp(min=0)
 
-# %% ../../nbs/train/grpo.ipynb #e422c738
+# %% ../../nbs/train/grpo.ipynb #cell-28
 def between(
     tokenizer, ends: list[int], # of the policy; its end tokens
     last: int,                  # the token that the policy's turn ended with, or was cut off at
@@ -142,7 +142,7 @@ def between(
     tail = tokenizer(turn_tail(tokenizer, reply), add_special_tokens=False)["input_ids"]
     return tail[1:] if last in ends and tail[0] in ends else tail
 
-# %% ../../nbs/train/grpo.ipynb #5b995995
+# %% ../../nbs/train/grpo.ipynb #cell-31
 def repeat_cache(
     cache: Cache,           # what a model has read, one row a prompt
     rows: torch.Tensor,     # which of the rows, repeats allowed
@@ -153,7 +153,7 @@ def repeat_cache(
     for layer in out.layers: layer.reorder_cache(rows)
     return out
 
-# %% ../../nbs/train/grpo.ipynb #cell-23
+# %% ../../nbs/train/grpo.ipynb #cell-34
 class Decoder:
     "The decoding step of any causal language model."
     def __init__(self,
@@ -181,7 +181,7 @@ class Decoder:
         self.cache, self.position = out.past_key_values, self.position + 1
         return out.logits[:, -1]
 
-# %% ../../nbs/train/grpo.ipynb #17657622
+# %% ../../nbs/train/grpo.ipynb #cell-36
 def plain_qwen3(
     model,      # a causal language model
 ) -> bool:
@@ -213,7 +213,7 @@ class Qwen3Decoder:
         self.kv = [x[on] for x in self.kv]     # the unused tail is copied too; it is small
         self.bias, self.position = self.bias[on], self.position[on]
 
-# %% ../../nbs/train/grpo.ipynb #cell-25
+# %% ../../nbs/train/grpo.ipynb #cell-38
 @patch
 def rotate(self: Qwen3Decoder,
     x: torch.Tensor,             # (B, heads, head_dim)
@@ -223,7 +223,7 @@ def rotate(self: Qwen3Decoder,
     low, high = x.chunk(2, -1)
     return x*cos + torch.cat([-high, low], -1)*sin
 
-# %% ../../nbs/train/grpo.ipynb #cell-27
+# %% ../../nbs/train/grpo.ipynb #cell-40
 @patch
 def attend(self: Qwen3Decoder,
     a, h: torch.Tensor,          # the layer's attention module, and its input (B, hidden)
@@ -250,7 +250,7 @@ def __call__(self: Qwen3Decoder,
     self.position = self.position + 1
     return self.head(norm(x, self.model.norm.weight))
 
-# %% ../../nbs/train/grpo.ipynb #cell-29
+# %% ../../nbs/train/grpo.ipynb #cell-42
 def trim(
     ids: torch.Tensor,    # (B, T) sampled
     ends: list[int],      # the end tokens
@@ -260,7 +260,7 @@ def trim(
     length = torch.where(at_end.any(1), at_end.int().argmax(1) + 1, T)
     return (torch.arange(T, device=ids.device) < length[:, None]).long(), at_end.any(1)
 
-# %% ../../nbs/train/grpo.ipynb #cell-31
+# %% ../../nbs/train/grpo.ipynb #cell-44
 @torch.no_grad()
 def rollout(
     model, tokenizer,     # a causal language model and its tokenizer
@@ -294,7 +294,7 @@ def rollout(
     said = [i[:k].tolist() for i, k in zip(ids, mask.sum(1) - ended.long())]      # the end token is no word, special or not
     return Rollout(prompt, pmask, ids, mask, ended, tokenizer.batch_decode(said, skip_special_tokens=True))
 
-# %% ../../nbs/train/grpo.ipynb #cell-36
+# %% ../../nbs/train/grpo.ipynb #cell-51
 def body_and_head(
     model,      # a causal language model
 ) -> tuple:     # what is run on tokens, and what turns its first output into logits
@@ -327,7 +327,7 @@ def answer_logps(
     where, blank = tuple(map(torch.cat, zip(*where))), torch.zeros(ro.ids.shape, device=ro.ids.device)
     return blank.index_put(where, torch.cat(logp)), blank.index_put(where, torch.cat(entropy))
 
-# %% ../../nbs/train/grpo.ipynb #cell-40
+# %% ../../nbs/train/grpo.ipynb #cell-55
 @dataclass(frozen=True)
 class GRPOConfig:
     "What the loop needs to know. The paper tells none of these sizes and rates."
@@ -352,7 +352,7 @@ class GRPOConfig:
         if self.group < 2: raise UserError(f"GRPOConfig: group is {self.group}; answers are compared within a group, so take 2 or more")
         if not 0 < self.eps_low < 1: raise UserError(f"GRPOConfig: eps_low is {self.eps_low}; it lies between 0 and 1")
 
-# %% ../../nbs/train/grpo.ipynb #4950377e
+# %% ../../nbs/train/grpo.ipynb #cell-56
 def mean_stats(
     seen: list[dict],   # `clip_stats` of each update
 ) -> dict:              # None where no update has a value
@@ -360,7 +360,7 @@ def mean_stats(
     values = {k: [s[k] for s in seen if s[k] is not None] for k in ("clipped_up", "clipped_down", "p_clipped", "ratio")}
     return {k: float(np.mean(v)) if v else None for k, v in values.items()}
 
-# %% ../../nbs/train/grpo.ipynb #cell-41
+# %% ../../nbs/train/grpo.ipynb #cell-58
 def update(
     model, optimizer,          # changed in place
     ro: Rollout,               # a batch of answers
@@ -387,7 +387,7 @@ def update(
         **mean_stats(seen),
     )
 
-# %% ../../nbs/train/grpo.ipynb #cell-45
+# %% ../../nbs/train/grpo.ipynb #cell-61
 def describe(
     ro: Rollout,          # a batch of answers
     scores, bonus,        # (N, G) arrays: the first reward, and the sum of the others
@@ -407,7 +407,7 @@ def describe(
                 unknown=float(np.isnan(scores).mean()), clauses=total/len(parts), **share,
                 **{f"words_{k}": sum(w[k] for w in words)/len(words) for k in PARTS})
 
-# %% ../../nbs/train/grpo.ipynb #cell-49
+# %% ../../nbs/train/grpo.ipynb #cell-65
 def grade(
     rewards,               # list of rewards in TRL's shape; the first is the score, the rest are bonuses
     rows: list,            # N tasks: dicts with "prompt" and whatever columns the rewards want
@@ -420,7 +420,7 @@ def grade(
     out = [np.array([np.nan if x is None else x for x in guarded(f, patience)(**args, **each)], float).reshape(len(rows), -1) for f in rewards]
     return out[0], sum(out[1:], np.zeros_like(out[0]))
 
-# %% ../../nbs/train/grpo.ipynb #cell-50
+# %% ../../nbs/train/grpo.ipynb #cell-66
 def grpo_step(
     model, tokenizer, optimizer, # model and optimizer are changed in place
     rows: list, rewards,    # tasks of this step, and rewards as in `grade`
@@ -435,7 +435,7 @@ def grpo_step(
     rubrics = [as_rubric(r["rubric"]) for r in rows] if "rubric" in rows[0] else None
     return describe(ro, scores, bonus, rubrics) | update(model, optimizer, ro, advantage, cfg)
 
-# %% ../../nbs/train/grpo.ipynb #cell-51
+# %% ../../nbs/train/grpo.ipynb #cell-67
 def save_state(
     path,                 # the file
     model, optimizer,     # what to keep
@@ -461,13 +461,13 @@ def load_state(
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))
     with safe_open(path, "pt") as f: return int(f.metadata()["step"])
 
-# %% ../../nbs/train/grpo.ipynb #cell-52
+# %% ../../nbs/train/grpo.ipynb #cell-68
 def train(
     model, tokenizer,     # the policy, trained in place
     tasks,                # rows to draw from: dicts with "prompt" (messages) and columns; or a function from the step to its rows
     rewards: list,        # in TRL's shape; the first is the score
     cfg: GRPOConfig,      # sizes, rates, seed
-    run: Run,             # where metrics and state are kept; a run that was killed goes on
+    run: Step,             # where metrics and state are kept; a run that was killed goes on
     tell=None,            # called with each step's row; what it raises stops the training (`train.monitors`)
     probe=None,           # () -> dict, asked every `save_every` steps and at the end; goes into the step's row
 ) -> list[dict]:          # the metrics of all steps

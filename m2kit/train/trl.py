@@ -4,28 +4,26 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'SIDES', 'PARITY', 'ENGINES', 'trl_words', 'library', 'trl_config', 'step_rows', 'trl_dataset', 'Together',
-           'as_rollout', 'step_row', 'ledger', 'policy', 'trl_trainer', 'last_checkpoint', 'trl_train', 'parity_run',
+           'as_rollout', 'step_row', 'ledger', 'policy', 'trl_trainer', 'last_checkpoint', 'trl_train', 'parity_step',
            'parity_arm', 'session_rows', 'Session', 'speak', 'consult_rollout', 'of_closing', 'qlora', 'unsloth_calls',
            'unsloth_model', 'vllm_fields', 'vllm_server']
 
 # %% ../../nbs/train/trl.ipynb #cell-4
-import inspect, json, os, random, shutil, time
+import json, os, random, shutil, time
 from copy import deepcopy
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
 import torch
 from ..core.errors import UserError, choose, require
-from ..core.run import Run, fingerprint, versions
-from ..lm.local import end_ids, load
-from ..lm.tiny import source_hash
+from ..core.step import Step, made
+from ..lm.local import end_ids, load, load_policy
 from ..rubrics.reference import ClauseGrader
 from ..rubrics.rubric import Rubric
 from .consultant import TURNS, closing, session
 from .grpo import GRPOConfig, Rollout, between, describe, pad_id, train
 from .length import clinic_tasks
 from .rewards import LengthReward, RubricReward, as_rubric, guarded, name_of, text_of
-from .sft import load_doctor
 
 # %% ../../nbs/train/trl.ipynb #cell-6
 def trl_words(
@@ -157,7 +155,7 @@ def step_row(
 
 # %% ../../nbs/train/trl.ipynb #cell-23
 def ledger(
-    run: Run, together: Together, # where rows go, and where they come from
+    run: Step, together: Together, # where rows go, and where they come from
     tokenizer, cfg: GRPOConfig,   # the policy's; group and updates
     tell=None,                    # called with each row; what it raises stops the training
 ):                                # a TrainerCallback
@@ -197,7 +195,7 @@ def trl_trainer(
     model, tokenizer,       # the policy, trained in place, or a checkpoint folder; the tokenizer may be None with a folder
     tasks, rewards: list,   # as for `train.grpo.train`
     cfg: GRPOConfig,        # sizes, rates, seed
-    run: Run,               # rows go to its metrics, checkpoints to its folder `trl`
+    run: Step,               # rows go to its metrics, checkpoints to its folder `trl`
     tell=None,              # called with each step's row; what it raises stops the training
     options=None,           # for TRL's trainer: rollout_func, peft_config, quantization_config, callbacks
     **more,                 # fields of trl.GRPOConfig
@@ -227,7 +225,7 @@ def last_checkpoint(
     return next((p for p in reversed(found) if p.exists()), None)
 
 def trl_train(
-    model, tokenizer, tasks, rewards, cfg: GRPOConfig, run: Run, tell=None, # as for `train.grpo.train`
+    model, tokenizer, tasks, rewards, cfg: GRPOConfig, run: Step, tell=None, # as for `train.grpo.train`
     options=None, **more,   # as for `trl_trainer`
 ) -> list[dict]:            # the metrics of all steps
     "Train with equation 2, on TRL; a run that was killed goes on."
@@ -241,35 +239,35 @@ def trl_train(
 PARITY = GRPOConfig(prompts=8, group=8, steps=24, max_new=224, l_max=224, lr=2.5e-4, save_every=8)
 ENGINES = {"ours": train, "TRL": trl_train}
 
-def parity_run(
+def parity_step(
     engine: str,          # one of `ENGINES`
     doctor,               # checkpoint folder of the policy to start from
     seed: int,            # of questions and answers
     coef: float,          # of the length reward
-    base=None,            # folder of runs
+    base=None,            # where steps are kept
     **changes,            # of `PARITY`
-) -> Run:
-    "The run folder of one arm."
-    import m2kit.rubrics.reference, m2kit.rubrics.rubric, m2kit.train.grpo, m2kit.train.rewards, m2kit.train.trl as here
+) -> Step:
+    "The step of one arm."
     choose(engine, ENGINES, "engine")
     for k in changes: choose(k, asdict(PARITY), "setting")
-    makers = ("parity_arm", *(("trl_words", "trl_config", "step_rows", "trl_dataset", "Together", "trl_trainer", "trl_train") if engine == "TRL" else ()))
-    code = fingerprint(source_hash(m2kit.train.grpo, m2kit.train.rewards, m2kit.rubrics.reference, m2kit.rubrics.rubric), [inspect.getsource(getattr(here, m)) for m in makers],
-                       versions(("m2kit", "numpy", "torch", "transformers", *(["trl"] if engine == "TRL" else []))))
-    return Run("parity", asdict(PARITY) | changes | dict(engine=engine, doctor=os.path.basename(doctor), seed=seed, coef=coef, code=code), base)
+    settings = asdict(PARITY) | changes | dict(engine=engine, seed=seed, coef=coef)
+    return Step("parity", settings, parity_arm, dict(doctor=made(doctor)), base)
 
 # %% ../../nbs/train/trl.ipynb #cell-36
 def parity_arm(
-    engine: str, doctor, seed: int, coef: float, base=None, **changes, # as for `parity_run`
+    engine: str, doctor, seed: int, coef: float, base=None, **changes, # as for `parity_step`
 ) -> tuple:               # rows; median CPU seconds a step
     "Train one arm, or go on with it, or return what it gave."
-    run, marks = parity_run(engine, doctor, seed, coef, base, **changes), [time.process_time()]
-    with run.lock():
-        if not run.done:
-            cfg, rubric = GRPOConfig(**{k: run.config[k] for k in asdict(PARITY)}), RubricReward(ClauseGrader())
-            ENGINES[engine](*load_doctor(doctor), clinic_tasks(2000, seed), [rubric, LengthReward(rubric, cfg.group, coef=coef)], cfg, run, tell=lambda row: marks.append(time.process_time()))
-            run.finish(seconds=sorted(b - a for a, b in zip(marks, marks[1:]))[(len(marks) - 1)//2])
-    return run.rows(), run.done["seconds"]
+    step = parity_step(engine, doctor, seed, coef, base, **changes)
+    if step.done is not None: return step.rows(), step.done["seconds"]
+    with step.work():
+        if step.own is None:
+            cfg, rubric = GRPOConfig(**{k: step.config[k] for k in asdict(PARITY)}), RubricReward(ClauseGrader())
+            rewards, marks = [rubric, LengthReward(rubric, cfg.group, coef=coef)], [time.process_time()]
+            mark = lambda row: marks.append(time.process_time())
+            ENGINES[engine](*load_policy(doctor), clinic_tasks(2000, seed), rewards, cfg, step, tell=mark)
+            step.finish(seconds=sorted(b - a for a, b in zip(marks, marks[1:]))[(len(marks) - 1)//2])
+    return step.rows(), step.done["seconds"]
 
 # %% ../../nbs/train/trl.ipynb #cell-39
 def session_rows(
