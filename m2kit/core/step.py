@@ -214,6 +214,15 @@ def rows(self: Step) -> list[dict]:
     if self.own is None and (record := self.kept): return record["rows"]
     return read_jsonl(self.path/"metrics.jsonl")
 
+# %% ../../nbs/core/step.ipynb #bb1c3b9e
+@patch
+def result(self: Step, compute) -> dict: # what `compute` gave
+    "The step's result: found, or computed now by `compute`, which gives a dict."
+    if self.done is None:
+        with self.work():
+            if self.own is None: self.finish(**compute())
+    return self.done
+
 # %% ../../nbs/core/step.ipynb #cell-22
 def evidence_mode() -> str: # "fresh", "stale" or "none"
     "Which records may stand for a step that has not run here: `$M2KIT_EVIDENCE`."
