@@ -198,7 +198,8 @@ def record_of(self: Step, digits: int = 6) -> dict:
     config, rows = load_object(self.path/"config.json"), read_jsonl(self.path/"metrics.jsonl")
     made = load_object(self.path/"done.json")["made"]
     return {k: config[k] for k in ("name", "identity", "kind", "of", "settings", "inputs", "modules", "data")} | dict(
-        made=made | dict(cpu=round(self.took["cpu"], 1)), rows=rounded(rows, digits), result=rounded(result, digits))
+        made=made | dict(cpu=round(self.took["cpu"], 1)), rows=rounded(rows, digits), result=rounded(result, digits),
+        **({"tape": rounded(tape, digits)} if (tape := read_jsonl(self.path/"tape.jsonl")) else {}))
 
 def rounded(
     x,             # JSON's own types
