@@ -128,14 +128,14 @@ def test_all_dead_is_one_line():
 @pytest.fixture(scope="module")
 def grader():
     pytest.importorskip("torch").set_num_threads(1)
-    from m2kit.rubrics.tiny_grader import tiny_grader
+    from m2kit.tiny.grader import tiny_grader
     return tiny_grader()
 
 @pytest.fixture(scope="module")
 def long_task():
     "An answer behind a conversation of about 1,000 tokens, and 12 criteria, half of each sign, some met."
     from m2kit.rubrics.reference import said
-    from m2kit.rubrics.tiny_grader import draw_answer, draw_talk, vocabulary
+    from m2kit.tiny.grader import draw_answer, draw_talk, vocabulary
     rng, words = random.Random(1), vocabulary()
     case = draw_case(rng)
     talk, text = draw_talk(case, rng, words, 47), draw_answer(case, rng, words)

@@ -8,7 +8,7 @@ from m2kit.core.errors import UserError
 from m2kit.lm.chat import FunctionModel
 from m2kit.lm.log import CallLog, Logged
 from m2kit.lm.server import ServerModel
-from m2kit.simulator.consult import Consultation, consult
+from m2kit.service.consult import Consultation, consult
 from m2kit.simulator.patient import PatientSimulator, load_transcripts, simulate
 
 OSCE = Path(os.environ.get("M2KIT_INPUTS") or Path(__file__).resolve().parents[2]/"shared"/"data")/"agentclinic_medqa_30.jsonl"
@@ -76,7 +76,7 @@ def test_wrong_words_exit_2(args, says):
 @needs_osce
 def test_a_real_server_plays_real_cases(serve, tmp_path):
     "The tiny patient behind `transformers serve`: what it says of a real case is poor, and every dialogue still ends, by name, with all of it on record."
-    from m2kit.simulator.tiny_patient import tiny_patient
+    from m2kit.tiny.patient import tiny_patient
     scripts = [Script.of(c, seed=0) for c in load_agentclinic(OSCE)[:3]]
     for url in serve(str(tiny_patient())):
         server = ServerModel(url, str(tiny_patient()), concurrency=2, name="served")

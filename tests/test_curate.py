@@ -1,8 +1,9 @@
 "Fine-tuning that is killed with -9 goes on to the same weights, and dialogues with the simulator to the same lines."
 import os, signal, subprocess, sys
 import pytest
-from m2kit.lm.tiny import make_model, save_checkpoint
-from m2kit.train.corpus import ladder_tokenizer
+from m2kit.lm.local import save_checkpoint
+from m2kit.tiny.model import make_model
+from m2kit.tiny.base import ladder_tokenizer
 from m2kit.train.curate import dialogues, sft_stage
 
 SMALL = dict(pool=200, prompts=40, talks=24, simulated=12, questions=8, steps=14, batch=4, save_every=4)

@@ -215,7 +215,7 @@ def test_replies_that_cannot_be_read_are_asked_again_and_then_unknown(calm, tmp_
 
 def test_a_model_that_never_answers_stops_the_run(tmp_path):
     rows = write_clinic_rows(tmp_path/"rows.jsonl", 3)
-    with faulty(Clinic(3), {"500": 1.}) as s, pytest.raises(UserError, match="none of the first 3 answers came; the first: the server said 500"): through(s, rows, tmp_path/"out", patience=1)
+    with faulty(Clinic(3), {"500": 1.}) as s, pytest.raises(UserError, match="none of the first 3 answers could be used; the first: the server said 500"): through(s, rows, tmp_path/"out", patience=1)
 
 # --- kill -9
 

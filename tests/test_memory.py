@@ -3,7 +3,7 @@ import json, subprocess, sys
 import pytest
 from m2kit.core.errors import UserError
 from m2kit.core.run import data_dir
-from m2kit.infer.memory import CARDS, LAYOUTS, QWEN25_32B, budget, decoder, fit_overhead, fits, kv_bytes, max_length, parameters, tensors, weight_bytes
+from m2kit.lm.memory import CARDS, LAYOUTS, QWEN25_32B, budget, decoder, fit_overhead, fits, kv_bytes, max_length, parameters, tensors, weight_bytes
 
 # Sizes as in the checkpoints' config.json, counts as transformers gives them on the meta device.
 REAL = {
@@ -89,12 +89,12 @@ def test_the_sum_holds_everywhere(card, weights, kv):
 
 def test_packed_weights_of_a_real_quantizer():
     "Codes, scales and zero points of a GPTQ-packed layer (int32 columns of eight 4-bit numbers, 16-bit scales), counted by its own shapes."
-    from m2kit.infer.memory import matrix_bytes
+    from m2kit.lm.memory import matrix_bytes
     rows, cols, group = 5120, 27648, 128
     packed = dict(codes=4*(cols//8)*rows, scales=2*(cols//group)*rows, zeros=4*(cols//group)*(rows//8))
     assert matrix_bytes((rows, cols), "W4A16") == packed
     assert sum(weight_bytes(QWEN25_32B, "W4A16").values()) == 19_328_804_864
 
 def test_no_torch_at_import():
-    code = "import sys, m2kit.infer.memory as m; m.max_length(m.QWEN25_32B); print('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, m2kit.lm.memory as m; m.max_length(m.QWEN25_32B); print('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from m2kit.core.errors import UserError
 from m2kit.core.jobs import run_jobs
-from m2kit.core.run import Run
-from m2kit.lm.tiny import make_model, make_tokenizer
+from m2kit.core.step import Step
+from m2kit.tiny.model import make_model, make_tokenizer
 from m2kit.train.grpo import GRPOConfig
-from m2kit.train.monitors import Alarm, EntropyCollapse, Forgetting, Monitors, RewardHacking, SimulatorDrift, watched, watchers
+from m2kit.tiny.trials import watchers
+from m2kit.train.monitors import Alarm, EntropyCollapse, Forgetting, Monitors, RewardHacking, SimulatorDrift, watched
 
 OWN = dict(collapse="entropy collapse", hacking="reward hacking", forgetting="forgetting", drift="simulator drift")
 DATA = {p.stem: json.loads(p.read_text()) for p in sorted((Path(__file__).parent/"data"/"monitors").glob("*.json"))}
@@ -50,10 +51,10 @@ def test_drift_of_the_patient_alone_is_blamed_on_the_patient():
 @pytest.mark.parametrize("name", FAILED)
 def test_a_resumed_run_gives_the_same_alarms(name, tmp_path):
     rows = DATA[name]["rows"]
-    whole = feed(rows, Run("whole", {}, tmp_path)).alarms()
+    whole = feed(rows, Step("whole", {}, base=tmp_path)).alarms()
     assert {a.monitor for a in whole} == set(alarms(rows))
     for cut in (3, 7, 12, len(rows) - 3):
-        run = Run("cut", dict(at=cut), tmp_path)
+        run = Step("cut", dict(at=cut), base=tmp_path)
         feed(rows[:cut + 1], run)
         run.rewind(back := max(0, cut - 4))                             # the last checkpoint was before the kill
         assert feed([r for r in rows if r["step"] >= back], run).alarms() == whole
@@ -62,7 +63,7 @@ def test_a_resumed_run_gives_the_same_alarms(name, tmp_path):
 def test_stopping(name, tmp_path):
     rows = DATA[name]["rows"]
     first = min(a.step for a in alarms(rows).values())
-    run = Run("stops", {}, tmp_path)
+    run = Step("stops", {}, base=tmp_path)
     with pytest.raises(UserError, match=f"stopped by a monitor: .*step {first}:.*stop=False"): feed(rows, run, stop=True)
     assert run.rows()[-1]["step"] == first
 
@@ -95,9 +96,9 @@ def test_a_stopped_training_keeps_its_checkpoint_and_goes_on(toy, tmp_path):
     brief = lambda prompts, completions, completion_ids, **c: [-len(i)/12 for i in completion_ids]
     cfg, quiet = GRPOConfig(prompts=4, group=4, steps=30, max_new=12, l_max=12, lr=2e-2, save_every=4), lambda text: None
     def go(run, stop, monitors=(EntropyCollapse(window=3),)): return watched(fresh(), tok, tasks, [brief], cfg, run, list(monitors), stop=stop, say=quiet)
-    whole = go(Run("whole", {}, tmp_path), False)
-    (alarm,) = Monitors([], Run("whole", {}, tmp_path)).alarms()
-    run = Run("stopped", {}, tmp_path)
+    whole = go(Step("whole", {}, base=tmp_path), False)
+    (alarm,) = Monitors([], Step("whole", {}, base=tmp_path)).alarms()
+    run = Step("stopped", {}, base=tmp_path)
     for _ in range(2):
         with pytest.raises(UserError, match=f"step {alarm.step}:"): go(run, True)
     assert (run.path/"state.safetensors").exists() and run.rows()[-1]["step"] == alarm.step
@@ -107,12 +108,12 @@ def test_a_reader_who_stops_the_run_is_heard_first(toy, tmp_path):
     tok, fresh, tasks = toy
     def enough(row): raise UserError("enough")
     with pytest.raises(UserError, match="enough"):
-        watched(fresh(), tok, tasks, [lambda completions, **c: [0.]*len(completions)], GRPOConfig(prompts=2, group=2, steps=2, max_new=4, l_max=4), Run("x", {}, tmp_path), watchers(), tell=enough)
+        watched(fresh(), tok, tasks, [lambda completions, **c: [0.]*len(completions)], GRPOConfig(prompts=2, group=2, steps=2, max_new=4, l_max=4), Step("x", {}, base=tmp_path), watchers(), tell=enough)
 
 @pytest.mark.long
 def test_train_them_all_again(tmp_path):
     "Five healthy runs and four failures, trained here; about ten minutes of one core."
-    from m2kit.train.sft import tiny_doctor
+    from m2kit.tiny.doctor import tiny_doctor
     jobs = [dict(kind=d["kind"], doctor=str(tiny_doctor()), seed=d["seed"], base=str(tmp_path)) for d in DATA.values()]
     for job, rows in zip(jobs, run_jobs("m2kit.train.monitors:run_trial", jobs, workers=2)):
         found = set(alarms(rows))

@@ -11,7 +11,9 @@ from m2kit.infer.export import SCHEMES, Scheme, check_weights, export, load_quan
 from m2kit.infer.quantize import METHODS, Grid, Hessian, gptq, layer_error, nearest, quantize_model
 from m2kit.infer.rotate import rotate, round_tokens
 from m2kit.lm.local import load
-from m2kit.lm.tiny import encode_dialogue, make_model, make_tokenizer, pad_batch, save_checkpoint
+from m2kit.lm.local import save_checkpoint
+from m2kit.tiny.model import make_model, make_tokenizer
+from m2kit.train.sft import encode_dialogue, pad_batch
 
 RECORD = Path(__file__).parent/"data"/"gptq_llmcompressor.json"
 TEXTS = [f"the doctor asks {a} and the patient says {b}" for a in ("why", "when", "where", "how long") for b in ("today", "since May", "at night", "on the stairs")]

@@ -98,7 +98,7 @@ def test_a_training_loop_steps_turn_by_turn():
 def noise():
     torch = pytest.importorskip("torch")
     from m2kit.lm.local import LocalModel
-    from m2kit.lm.tiny import make_model, make_tokenizer
+    from m2kit.tiny.model import make_model, make_tokenizer
     torch.set_num_threads(1)
     tok = make_tokenizer([s.text() for s in SCRIPTS], blocks=(MONOLITH,), vocab=400)
     return LocalModel(make_model(tok, context=900), tok, name="noise")

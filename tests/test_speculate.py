@@ -2,7 +2,7 @@
 import json, random, shlex, subprocess, sys
 import numpy as np, pytest, torch
 from m2kit.core.errors import UserError
-from m2kit.infer.memory import CARDS, LAYOUTS, QWEN25_32B, decoder, parameters
+from m2kit.lm.memory import CARDS, LAYOUTS, QWEN25_32B, decoder, parameters
 from m2kit.infer.serve import ENGINES, ServePlan, describe_plan, draft_tensors, engine_flags, read_serve, serve_doctor, serve_plan
 from m2kit.infer.speculate import (Draft, Shape, Speculator, accept, acceptance, check_pair, continuations, decode, draft_config, fits_target, guesses, load_draft,
                                    pick, save_draft, walk)
@@ -186,14 +186,15 @@ def test_intervals_hold_dialogues_together():
 
 @pytest.fixture(scope="module")
 def doctor():
-    from m2kit.infer.tiny_draft import tiny_draft
-    from m2kit.train.sft import load_doctor, tiny_doctor
-    target, tok = load_doctor(tiny_doctor())
+    from m2kit.tiny.draft import tiny_draft
+    from m2kit.lm.local import load_policy
+    from m2kit.tiny.doctor import tiny_doctor
+    target, tok = load_policy(tiny_doctor())
     return target, tok, load_draft(tiny_draft(), target)
 
 
 def test_the_doctor_says_the_same_with_its_draft(doctor):
-    from m2kit.infer.tiny_draft import held_out
+    from m2kit.tiny.draft import held_out
     target, tok, draft = doctor
     prompts = held_out(tok, 24, seed=13_000_000)
     runs = {s: [Speculator(target, draft, s, 0, end=tok.eos_token_id)(p, 224) for p in prompts] for s in (Shape(6), Shape(6, 2, 2))}
@@ -205,7 +206,7 @@ def test_the_doctor_says_the_same_with_its_draft(doctor):
 
 
 def test_an_untrained_draft_is_no_worse_than_slow(doctor):
-    from m2kit.infer.tiny_draft import held_out
+    from m2kit.tiny.draft import held_out
     target, tok, _ = doctor
     p = held_out(tok, 1, seed=14_000_000)[0]
     assert Speculator(target, Draft(draft_config(target.config), seed=3).eval(), Shape(4), 0, end=tok.eos_token_id)(p, 224).ids == decode(target, p, 224, 0, end=tok.eos_token_id).ids
@@ -295,7 +296,7 @@ def test_a_quantized_checkpoint_is_counted_as_it_says(tmp_path, name):
     q, layout = QUANTIZED[name]
     plan = serve_plan(write(tmp_path/"m", LLAMA8 | dict(quantization_config=q)), card="A10")
     if layout:
-        from m2kit.infer.memory import weight_bytes
+        from m2kit.lm.memory import weight_bytes
         assert plan.budget.weights == weight_bytes(LLAMA8, LAYOUTS[layout])
     with pytest.raises(UserError, match="already quantized"): serve_plan(write(tmp_path/"m", LLAMA8 | dict(quantization_config=q)), weights="BF16")
 

@@ -2,9 +2,12 @@
 import os, random, signal, subprocess, sys, time
 import pytest
 from m2kit.core.errors import UserError
-from m2kit.lm.tiny import encode_dialogue, fit, make_model, save_checkpoint
-from m2kit.train.corpus import ladder_tokenizer
-from m2kit.train.stages import check_order, ladder, multiturn_stage, rule_stage
+from m2kit.lm.local import save_checkpoint
+from m2kit.tiny.model import make_model
+from m2kit.train.sft import encode_dialogue, fit
+from m2kit.tiny.base import ladder_tokenizer
+from m2kit.tiny.ladder import check_order, ladder
+from m2kit.train.stages import multiturn_stage, rule_stage
 
 SMALL = dict(prompts=2, group=2, steps=6, max_new=24, l_max=24, save_every=2)
 TALK = SMALL | dict(sessions=6, every=2)

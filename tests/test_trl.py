@@ -9,12 +9,14 @@ import torch, trl
 from datasets import Dataset
 from transformers import TrainerCallback
 from m2kit.clinic.synthesize import Style, answer, draw_case, opening
-from m2kit.lm.tiny import encode_dialogue, fit, make_model
+from m2kit.tiny.model import make_model
+from m2kit.train.sft import encode_dialogue, fit
 from m2kit.rubrics.reference import ClauseGrader, reference_rubric
 from m2kit.rubrics.rubric import score
 from m2kit.train.grpo import GRPOConfig, Rollout, answer_logps, encode_prompts, group_advantage, grpo_step, policy_loss, update
 from m2kit.train.rewards import LengthReward, RubricReward, length_reward
-from m2kit.train.sft import clinic_tokenizer, load_doctor, tiny_doctor
+from m2kit.lm.local import load_policy
+from m2kit.tiny.doctor import clinic_tokenizer, tiny_doctor
 
 LMAX = 24
 CASES = [draw_case(random.Random(i)) for i in range(16)]
@@ -91,7 +93,7 @@ def test_the_clip_binds_on_both_sides_and_only_there(one_batch):
     for side in (ratio > 1.28, ratio < .8, (ratio > 1.2) & (ratio < 1.28), (ratio > .72) & (ratio < .8)):
         for sign in (a > 0, a < 0): assert (side & sign & on).any()
     binds = ((ratio > 1.28) & (a > 0) | (ratio < .8) & (a < 0)) & on
-    assert our_loss(*one_batch[:4])[1] == pytest.approx((binds.sum()/on.sum()).item())
+    assert our_loss(*one_batch[:4])[1]["clipped"] == pytest.approx((binds.sum()/on.sum()).item())
 
 def test_loss_and_gradients(one_batch):
     model, *batch, loss, grads = one_batch
@@ -127,6 +129,8 @@ def test_updates_of_one_batch(tok, tmp_path, updates):
     assert apart(ended, theirs) < 1e-5 < 1e-2 < apart(ended, start)
     for key, name in dict(loss="loss", entropy="entropy", grad_norm="grad_norm", clipped="clip_ratio/region_mean").items():
         assert m[key] == pytest.approx(logged(t, name)[-1], abs=2e-5), name
+    for key, name in dict(clipped_up="clip_ratio/high_mean", clipped_down="clip_ratio/low_mean").items():       # means over the updates
+        assert m[key] == pytest.approx(statistics.mean(logged(t, name)), abs=2e-5), name
     assert (m["clipped"] > 0) == (updates > 1) and m["grad_norm"] > .02       # both clips were put to the test
 
 @pytest.mark.parametrize("scale", [False, True])
@@ -189,7 +193,7 @@ class InTurn(TrainerCallback):
 def test_benchmark(tmp_path, capsys):
     "Rollout, score and update of 16 prompts x 8 answers of at most 192 tokens; the median of 7 steps of each, after one to warm up."
     steps, group, lr = 8, 8, 1e-5                                             # the rate is small so that both policies stay what they are
-    model, tok = load_doctor(tiny_doctor())                                   # trained here, if no chapter has done so yet
+    model, tok = load_policy(tiny_doctor())                                   # trained here, if no chapter has done so yet
     rows, rubric = [dict(prompt=opening(c), rubric=reference_rubric(c)) for c in CASES], RubricReward(ClauseGrader())
     rewards, lengths = [rubric, LengthReward(rubric, group)], []
     def seen(prompts, completions, completion_ids, **columns): lengths.append(statistics.mean(map(len, completion_ids))); return [0.]*len(completions)

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the extra [train]: pip install 'm2kit[train]'")
 import torch, yaml
 from m2kit.core.errors import UserError
-from m2kit.core.run import Run, read_jsonl, root
-from m2kit.lm.tiny import make_model, make_tokenizer
+from m2kit.core.run import read_jsonl, root
+from m2kit.core.step import Step
+from m2kit.tiny.model import make_model, make_tokenizer
 from m2kit.train.configs import accelerate_config, deepspeed_config, verl_overrides
 from m2kit.train.grpo import GRPOConfig, train
 from m2kit.train.trl import trl_config, trl_train, trl_trainer, unsloth_calls, vllm_fields
@@ -33,7 +34,7 @@ def vowels(prompts, completions, completion_ids, **columns): return [c[-1]["cont
 def test_accumulation_changes_nothing(tok, tmp_path, updates):
     "The same answers and, to rounding, the same gradients, whether a process takes its share at once or in four."
     cfg = replace(TOY, updates=updates, steps=1)
-    def run(n): return trl_train(fresh(tok), tok, TASKS, [vowels], cfg, Run(f"a{n}", {}, base=tmp_path), gradient_accumulation_steps=n)[0]
+    def run(n): return trl_train(fresh(tok), tok, TASKS, [vowels], cfg, Step(f"a{n}", {}, base=tmp_path), gradient_accumulation_steps=n)[0]
     whole, parts = run(1), run(4)
     for k in ("score", "length", "entropy", "grad_norm", "loss"): assert parts[k] == pytest.approx(whole[k], rel=2e-3, abs=2e-6), k
 
@@ -41,7 +42,7 @@ def test_an_unknown_reward_leaves_the_sample_out_as_our_loop_does(tok, tmp_path)
     "TRL alone would add up the rewards that are known."
     def often(prompts, completions, completion_ids, **columns): return [None if i % 3 == 0 else 1. for i in range(len(completion_ids))]
     rewards = [vowels, often]
-    t = trl_trainer(fresh(tok), tok, TASKS, rewards, TOY, Run("u", {}, base=tmp_path))
+    t = trl_trainer(fresh(tok), tok, TASKS, rewards, TOY, Step("u", {}, base=tmp_path))
     t.model.train()
     rows = [r for r in TASKS[:4] for _ in range(4)]
     got = t._generate_and_score_completions(rows)
@@ -64,18 +65,18 @@ import sys, torch, time
 torch.set_num_threads(1)
 from dataclasses import asdict, replace
 from test_trl_recipe import TASKS, TOY, fresh, vowels
-from m2kit.core.run import Run
-from m2kit.lm.tiny import make_tokenizer
+from m2kit.core.step import Step
+from m2kit.tiny.model import make_tokenizer
 from m2kit.train.trl import trl_train
 tok = make_tokenizer(["I have a cough and a fever.", "Order a chest X-ray.", "Likely gout."]*20, terms=["gout"], vocab=280)
-trl_train(fresh(tok), tok, TASKS, [vowels], replace(TOY, steps=8), Run(sys.argv[1], {}, base=sys.argv[2]), tell=lambda row: time.sleep(float(sys.argv[3])))
+trl_train(fresh(tok), tok, TASKS, [vowels], replace(TOY, steps=8), Step(sys.argv[1], {}, base=sys.argv[2]), tell=lambda row: time.sleep(float(sys.argv[3])))
 """
 
 @pytest.mark.long
 def test_killed_outright_it_goes_on(tmp_path):
     "SIGKILL at some step, then again: the rows are those of a run that was never touched."
     def start(name, pause): return subprocess.Popen([sys.executable, "-c", KILLED, name, str(tmp_path), str(pause)], cwd=Path(__file__).parent, env=os.environ | dict(PYTHONPATH=str(root())))
-    metrics = Run("cut", {}, base=tmp_path).metrics
+    metrics = Step("cut", {}, base=tmp_path).metrics
     for least in (3, 5):
         p = start("cut", .3)
         while len(read_jsonl(metrics)) < least:
@@ -83,14 +84,14 @@ def test_killed_outright_it_goes_on(tmp_path):
             time.sleep(.05)
         p.send_signal(signal.SIGKILL); p.wait()
     assert start("cut", 0).wait() == 0 == start("whole", 0).wait()
-    whole = Run("whole", {}, base=tmp_path).rows()
-    assert Run("cut", {}, base=tmp_path).rows() == whole and len(whole) == 8
+    whole = Step("whole", {}, base=tmp_path).rows()
+    assert Step("cut", {}, base=tmp_path).rows() == whole and len(whole) == 8
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["cpu", "fsdp2"])
 def test_two_processes(tmp_path, kind):
     "The recipe's script under `accelerate launch`. On a CPU accelerate leaves FSDP aside and both kinds run as plain data parallelism: of the FSDP file this tests the launch only."
-    from m2kit.train.sft import tiny_doctor
+    from m2kit.tiny.doctor import tiny_doctor
     (tmp_path/"c.yaml").write_text(yaml.safe_dump(accelerate_config(kind, 2, family="qwen3") | dict(mixed_precision="no")))
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "c.yaml", str(root()/"data/recipes/train_trl.py"), "--model", str(tiny_doctor()), "--out", "out",
                *"--prompts 4 --group 2 --steps 2 --max_new 96 --coef .6".split()]
@@ -174,8 +175,9 @@ def test_verls_loss_is_equation_2():
 
 def test_vllm_is_missed_in_words(tok, tmp_path):
     if find_spec("vllm"): pytest.skip("vLLM is installed")
-    with pytest.raises(UserError, match="needs vLLM"): trl_trainer(fresh(tok), tok, TASKS, [vowels], TOY, Run("v", {}, base=tmp_path), **vllm_fields())
+    with pytest.raises(UserError, match="needs vLLM"): trl_trainer(fresh(tok), tok, TASKS, [vowels], TOY, Step("v", {}, base=tmp_path), **vllm_fields())
 
 def test_both_loops_take_the_same_call(tok, tmp_path):
-    rows = [f(fresh(tok), tok, TASKS, [vowels], TOY, Run(f.__name__, asdict(TOY), base=tmp_path)) for f in (train, trl_train)]
-    assert [list(r[0]) for r in rows][0] == [list(r[0]) for r in rows][1]
+    rows = [f(fresh(tok), tok, TASKS, [vowels], TOY, Step(f.__name__, asdict(TOY), base=tmp_path)) for f in (train, trl_train)]
+    ours, theirs = (list(r[0]) for r in rows)
+    assert [k for k in ours if k not in ("p_clipped", "ratio")] == theirs             # which TRL does not tell

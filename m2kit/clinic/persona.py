@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'BEHAVIOURS', 'KINDS', 'PRIVATE', 'FIELDS', 'Behaviour', 'consistent', 'levels', 'Script', 'people',
-           'draw_denied', 'draw_past', 'draw_persona', 'draw_private', 'draw_script']
+           'draw_denied', 'draw_past', 'draw_persona', 'draw_private', 'draw_script', 'script_terms']
 
 # %% ../../nbs/clinic/persona.ipynb #cell-4
 import random, re, tomllib
 from dataclasses import dataclass
 from functools import cache
-from .case import Case
+from .case import AXES, Case
 from .knowledge import Condition, conditions, facts
 from .synthesize import draw_case
 from ..core.errors import choose
@@ -250,3 +250,12 @@ def of(cls: Script,
     if age is not None and age < 16: private.pop("employer")
     parts = dict(psychological=drawn["psychological"], social=drawn["social"], private=private)
     return cls(Case.model_validate(case.model_dump() | {k: _fill(getattr(case, k).model_dump(), v) for k, v in parts.items()}))
+
+# %% ../../nbs/clinic/persona.ipynb #cell-52
+def script_terms() -> set[str]:
+    "Phrases that a script, a doctor or a patient can say."
+    pages = list(conditions().values())
+    book = {x for c in pages for k in ("symptoms", "tests", "treatments", "differentials") for x in c.names(k)}
+    instead = {k.instead for c in pages for k in c.contraindications}
+    known = {f.removesuffix(" use").removesuffix(" allergy") for f in facts()}
+    return {*conditions(), *book, *instead, *known, *(x for v in people().values() for x in v), *AXES.values()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOCTOR', 'draw_symptoms', 'draw_fact', 'draw_person', 'draw_case', 'complaint', 'opening', 'plan', 'Style',
-           'draw_style', 'answer', 'consultation']
+           'draw_style', 'answer', 'consultation', 'answer_terms']
 
 # %% ../../nbs/clinic/synthesize.ipynb #cell-4
 import random
@@ -146,3 +146,12 @@ def consultation(
         turns += [("assistant", f"Do you have {s}?"), ("user", f"Yes, {lay[s].rstrip('.')}." if s in m.symptoms else "No, I do not.")]
     turns += [("assistant", "Is there anything about your health that I should know?"), ("user", " ".join(f"{facts()[f].lay.rstrip('.')}." for f in m.facts) or "No, nothing.")]
     return [dict(role="system", content=DOCTOR), *(dict(role=r, content=t) for r, t in turns), dict(role="assistant", content=answer(case, style, rng))]
+
+# %% ../../nbs/clinic/synthesize.ipynb #cell-34
+def answer_terms() -> set[str]:
+    "Phrases of the knowledge base that an answer or a complaint can contain."
+    pages = list(conditions().values())
+    items = {x.name for c in pages for k in ("symptoms", "tests", "treatments", "red_flags", "advice", "unsafe")
+             for x in getattr(c, k)}
+    instead = {k.instead for c in pages for k in c.contraindications}
+    return {c.name for c in pages} | items | instead | {f.lay.rstrip(".") for f in facts().values()}

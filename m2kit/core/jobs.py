@@ -10,6 +10,7 @@ import importlib, os, time
 from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing import active_children, get_context
 from .errors import choose
+from .machine import cores
 
 # %% ../../nbs/core/jobs.ipynb #cell-5
 def named(
@@ -42,7 +43,7 @@ def run_jobs(
 ) -> list:                 # what the jobs gave, in order
     "Run jobs side by side; the first that fails stops them all with its error."
     from m2kit.core.jobs import _work   # by its module's name
-    workers, began = min(workers or min(4, len(os.sched_getaffinity(0))), len(jobs)), time.monotonic()
+    workers, began = min(workers or min(4, cores()), len(jobs)), time.monotonic()
     if workers <= 1: return [named(target)(**j) for j in jobs]
     others = set(active_children())
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -60,7 +61,7 @@ def run_jobs(
 
 
 def steps_of(
-    runs: list,   # `Run` folders whose config has `steps`
+    runs: list,   # `Step` folders whose config has `steps`
 ):                # a function for `progress`
     "Progress in steps, as the run folders tell it."
     return lambda: (sum(len(r.rows()) for r in runs), sum(r.config["steps"] for r in runs))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'as_batches', 'own_answers', 'calibration', 'held_out', 'log_probs', 'losses', 'consult', 'judge', 'Arm',
-           'make', 'reference', 'measure', 'losses_only', 'run_all', 'per_token']
+           'make', 'reference', 'measure', 'losses_only', 'run_all']
 
 # %% ../../nbs/infer/cost.ipynb #cell-4
 import random
@@ -20,11 +20,12 @@ from .quantize import Grid, quantize_model
 from .rotate import rotate, rounded_activations
 from ..lm.chat import Sampling
 from ..lm.local import LocalModel
-from ..lm.tiny import encode_dialogue, pad_batch
+from ..train.sft import encode_dialogue, pad_batch
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from ..rubrics.rubric import score
 from ..train.grpo import rollout
-from ..train.sft import lessons, load_doctor
+from ..lm.local import load_policy
+from ..train.sft import doctor_lessons
 
 # %% ../../nbs/infer/cost.ipynb #cell-6
 SOURCES = ("own", "corpus", "random")
@@ -57,7 +58,7 @@ def calibration(
     size: int = 4,        # rows a batch
 ) -> list:                # [(ids, attention)]
     "Calibration text from one of three sources."
-    rng, stream = random.Random(f"calibration {seed}"), lessons(tokenizer, 3*10**6 + seed)
+    rng, stream = random.Random(f"calibration {seed}"), doctor_lessons(tokenizer, 3*10**6 + seed)
     rows = [next(stream) for _ in range(n)]
     if choose(source, SOURCES, "source of calibration text") == "random": rows = [([rng.randrange(len(tokenizer)) for _ in i], m) for i, m in rows]
     if source == "own": rows = own_answers(model, tokenizer, n, seed)
@@ -70,7 +71,7 @@ def held_out(
     seed: int = 0,        # away from the seeds of lessons and calibration
 ) -> list:                # [(ids, loss mask, attention)]
     "Answers that neither training nor calibration has seen."
-    stream = lessons(tokenizer, 5*10**6 + seed)
+    stream = doctor_lessons(tokenizer, 5*10**6 + seed)
     return as_batches([next(stream) for _ in range(n)], tokenizer.pad_token_id, 32)
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def make(
     steps: int = 40,          # of AutoRound
 ) -> tuple:                   # model and tokenizer
     "The doctor with its weights quantized."
-    model, tokenizer = load_doctor(path)
+    model, tokenizer = load_policy(path)
     if arm.bits >= 16: return model, tokenizer
     text = calibration(arm.source, model, tokenizer, arm.n, arm.seed) if arm.method != "nearest" else []
     if arm.rotate: rotate(model)
@@ -156,7 +157,7 @@ def reference(
     own: bool = False,        # the doctor's own answers instead of the corpus
 ) -> tuple:                   # batches, and what the doctor in float32 expects on them
     "What every arm is compared with; computed once a process."
-    model, tokenizer = load_doctor(path)
+    model, tokenizer = load_policy(path)
     texts = as_batches(own_answers(model, tokenizer, answers, 10**6), tokenizer.pad_token_id, 32) if own else held_out(tokenizer, answers)
     return texts, log_probs(model, texts)
 
@@ -210,16 +211,3 @@ def run_all(
     "Run arms in processes, two at a time."
     if workers <= 1: return [function(**j) for j in jobs]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool: return [f.result() for f in [pool.submit(function, **j) for j in jobs]]
-
-# %% ../../nbs/infer/cost.ipynb #cell-32
-def per_token(
-    rows,                     # (answers, 2): a sum in nats, and tokens
-    seed: int = 0,            # of the resampling
-    resamples: int = 1000,    # draws of all answers
-) -> tuple:                   # nats a token; (low, high), a 95% interval
-    "A mean per token with a bootstrap interval over answers."
-    x = torch.as_tensor(rows, dtype=torch.float64)
-    draws = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
-    sums = torch.stack([x[:, k][draws].sum(1) for k in (0, 1)], 1)
-    low, high = (sums[:, 0]/sums[:, 1]).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
-    return (x[:, 0].sum()/x[:, 1].sum()).item(), (low, high)

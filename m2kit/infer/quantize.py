@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from ..core.errors import UserError, choose
-from .memory import Layout, decoder
+from ..lm.memory import Layout, decoder
 
 # %% ../../nbs/infer/quantize.ipynb #cell-6
 @dataclass(frozen=True)

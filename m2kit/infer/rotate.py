@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from ..core.errors import UserError
-from .memory import decoder
+from ..lm.memory import decoder
 from .quantize import Grid, Hessian, check_model, find_scales, from_codes, gptq, linears, nearest, to_codes, watching
 
 # %% ../../nbs/infer/rotate.ipynb #cell-6

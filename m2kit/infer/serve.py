@@ -13,7 +13,7 @@ import json, math, shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.errors import UserError, choose
-from .memory import KV_BYTES, LAYOUTS, OVERHEAD, QWEN25_32B, Budget, Layout, _as_dict, budget, card_bytes, card_named, decoder, max_length
+from ..lm.memory import KV_BYTES, LAYOUTS, OVERHEAD, QWEN25_32B, Budget, Layout, _as_dict, budget, card_bytes, card_named, decoder, max_length
 
 # %% ../../nbs/infer/serve.ipynb #cell-6
 def _packed(q: dict) -> Layout: # GPTQ, AWQ, AutoRound
@@ -249,7 +249,7 @@ def ways_out(
     need, engine = (a["context"] or 2048)*a["requests"], dict(overhead=a["overhead"]*2**30, utilization=a["utilization"])
     w = stored_layout(config) or LAYOUTS[a["weights"] or "BF16"]
     tries = {f"weights = \"{n}\" on this card": (a["card"], l, "FP8") for n, l in LAYOUTS.items() if stored_layout(config) is None} | {"a cache in FP8": (a["card"], w, "FP8")}
-    from m2kit.infer.memory import CARDS
+    from m2kit.lm.memory import CARDS
     tries |= {f"card {c}": (c, w, a["kv"]) for c in sorted(CARDS, key=CARDS.get)}
     size, each = draft_bytes(config, a["draft_vocab"], kv=a["kv"]) if a["draft"] else (0, 0)
     ok = lambda c, l, kv: (b := budget(config, c, l, kv, **engine)).pool - size >= need*(b.per_token + each)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NO_KEY', 'ENDS', 'BROKEN', 'LONGEST_WAIT', 'LONGEST_BODY', 'writable', 'request_body', 'clean_key', 'public_url',
            'url_secrets', 'Secrets', 'Fault', 'read_json', 'read_finish', 'read_content', 'Said', 'read_body',
-           'completion', 'retry_after', 'status_fault', 'wait_before', 'is_loopback', 'Wire', 'start', 'ServerModel',
-           'check_settings']
+           'completion', 'retry_after', 'status_fault', 'wait_before', 'is_loopback', 'Wire', 'the_loop', 'start',
+           'ServerModel', 'check_settings']
 
 # %% ../../nbs/lm/server.ipynb #cell-4
 import asyncio, atexit, base64, ipaddress, json, os, random, re, threading, time, weakref
@@ -347,18 +347,21 @@ async def handle_async_request(self: Wire, request):
     return httpx2.Response(200, text=text, request=request, extensions=dict(said=said))
 
 # %% ../../nbs/lm/server.ipynb #cell-56
-@cache
-def _loop_of(pid: int):
-    "The event loop of process `pid`, which runs in a thread of its own."
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="m2kit-calls", daemon=True).start()
-    return loop
+_loops, _making = {}, threading.Lock()
+
+def the_loop():
+    "The event loop of this process, which runs in a thread of its own."
+    with _making:
+        if (pid := os.getpid()) not in _loops:
+            _loops[pid] = asyncio.new_event_loop()
+            threading.Thread(target=_loops[pid].run_forever, name="m2kit-calls", daemon=True).start()
+        return _loops[pid]
 
 def start(
     work,  # a coroutine
 ):         # a future, of the kind that threads wait for
     "Run `work` in the loop."
-    return asyncio.run_coroutine_threadsafe(work, _loop_of(os.getpid()))
+    return asyncio.run_coroutine_threadsafe(work, the_loop())
 
 # %% ../../nbs/lm/server.ipynb #cell-59
 _open = weakref.WeakKeyDictionary()    # wire -> its loop
@@ -370,7 +373,7 @@ def _close(loop, wire, run=asyncio.run_coroutine_threadsafe):    # bound: names 
 @atexit.register
 def _close_all():
     "Close what is open, and do not wait long for it."
-    closing = [_close(loop, wire) for wire, loop in list(_open.items()) if loop is _loop_of(os.getpid())]
+    closing = [_close(loop, wire) for wire, loop in list(_open.items()) if loop is _loops.get(os.getpid())]
     for future in filter(None, closing):
         with suppress(Exception): future.result(1)
 

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..clinic.case import Case
 from ..clinic.knowledge import Condition, conditions
 from ..core.errors import UserError
+from ..core.files import parse_json, text_lines
 from ..lm.chat import ChatModel, Sampling
 from ..lm.reply import AskReport, Unusable, ask_until, read_json, section
 from .rubric import DIMENSIONS, SCENARIO_TAGS, Criterion, Rubric
@@ -308,11 +309,8 @@ def read_sources(
 ) -> tuple:          # (list of `Source`, list of `Failure`)
     "The sources in a file, and the lines that are none."
     good, bad = [], []
-    try: lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"{path}: cannot be read ({e}); give a .jsonl file of cases, questions or dialogues") from None
-    for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: good.append(read_source(json.loads(line)))
+    for n, line in text_lines(path):
+        try: good.append(read_source(parse_json(line, f"{path}:{n}")))
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as e: bad.append(Failure(f"{path}:{n}", " ".join(str(e).split())[:160]))
     return good, bad
 

@@ -147,6 +147,7 @@ class LMGrader:
         if type(retries) is not int or retries < 0: raise UserError(f"LMGrader: retries is {retries!r}; it is a whole number, at least 0")
         self.model, self.sampling, self.retries, self.retry_temperature, self.constrain = model, sampling, retries, retry_temperature, constrain
         self.order, self.typed, self.report = choose(order, ORDERS, "order of a grading prompt"), typed, GradeReport()
+        self.patience = None      # a `Patience` of the run's: it stops a grader that is never usable
 
     def _sampling(self, attempt, field):
         "How replies are drawn in this round."
@@ -175,6 +176,8 @@ def ask(self: LMGrader,
         replies = self.model.chat([grading_prompt(*questions[i], self.order, self.typed) for i in some], self._sampling(attempt, kind))
         if len(replies) != len(some): raise RuntimeError(f"{self.model.name} gave {len(replies)} completions for {len(some)} dialogues")
         out |= {i: self._verdict(r, fields[i]) for i, r in zip(some, replies)}
+    useless = [v.explanation for v in out.values() if v.met is None]
+    if self.patience: self.patience.add(len(out) - len(useless), len(useless), useless[0] if useless else "")
     return [out[i] for i in range(len(questions))]
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-50

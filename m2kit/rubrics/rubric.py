@@ -9,9 +9,9 @@ __all__ = ['DIMENSIONS', 'SCENARIO_TAGS', 'criterion_fault', 'Criterion', 'read_
 # %% ../../nbs/rubrics/rubric.ipynb #cell-4
 import json
 from dataclasses import dataclass, field, asdict, fields
-from pathlib import Path
 from typing import NamedTuple
-from ..core.errors import UserError, choose
+from ..core.errors import UserError, choose, markdown_text
+from ..core.files import Once, json_values
 
 # %% ../../nbs/rubrics/rubric.ipynb #cell-8
 DIMENSIONS = ("diagnostic accuracy", "consultation logic", "treatment rationality", "communication and empathy",
@@ -115,36 +115,17 @@ def read_rubric(
         except UserError as e: raise UserError(f"rubric {d['id']}, criterion {i}: {e}") from None
     return Rubric(d["id"], [read(i, c) for i, c in enumerate(d["criteria"], 1)])
 
-# %% ../../nbs/rubrics/rubric.ipynb #cell-26
-def _json(text, at):
-    "Parse `text`; `at(line)` says where its line is, for the message."
-    try: return json.loads(text)
-    except json.JSONDecodeError as e: raise UserError(f"{at(e.lineno)}: not JSON ({e.msg}); mend that line") from None
-
-def _rows(path):
-    "Pairs (place, parsed row) of a .jsonl file, or of a .json file that holds one object or a list."
-    try: text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as e: raise UserError(f"{path}: not UTF-8 (byte {e.start}); save the file as UTF-8") from None
-    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); give the path of a .jsonl or .json file") from None
-    if Path(path).suffix == ".jsonl":
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip(): yield f"{path}:{i}", _json(line, lambda _: f"{path}:{i}")
-    else:
-        data = _json(text, lambda n: f"{path}:{n}")
-        for i, d in enumerate(data if isinstance(data, list) else [data], 1): yield f"{path}, entry {i}", d
-
 # %% ../../nbs/rubrics/rubric.ipynb #cell-28
 def load_rubrics(
-    path,                       # .jsonl (one rubric a line) or .json (one, or a list)
+    path,                       # one rubric a line, or one, or a list
     dimensions=DIMENSIONS,      # the dimensions that are allowed; None allows any
 ) -> list[Rubric]:
     "The rubrics in a file; a `UserError` names file, line, rubric and criterion."
-    out, seen = [], {}
-    for at, d in _rows(path):
+    out, once = [], Once()
+    for at, d in json_values(path):
         try: r = read_rubric(d, dimensions)
         except UserError as e: raise UserError(f"{at}: {e}") from None
-        if r.id in seen: raise UserError(f"{at}: the id {r.id} is already used at {seen[r.id]}; rename one of the two")
-        seen[r.id] = at
+        if (again := once.fault(r.id, at)): raise UserError(f"{at}: {again}")
         out.append(r)
     if not out: raise UserError(f"{path}: no rubrics in it; write one JSON object a line")
     return out
@@ -225,10 +206,9 @@ def as_markdown(
     verdicts=None,         # one per criterion, to show beside it
 ) -> str:
     "A Markdown table of the criteria, with their verdicts if there are any."
-    cell = lambda text: " ".join(text.split()).replace("|", "\\|")
     vs = verdicts or [None] * len(rubric)
-    head = f"| {cell(rubric.id)} | points | dimension |" + (" verdict |" if verdicts else "")
-    rows = [f"| {cell(c.text)} | {c.points} | {cell(c.dimension)} |" + (f" {v.status} |" if v else "") for c, v in zip(rubric, vs, strict=True)]
-    return "\n".join([head, "|" + " --- |" * (head.count("|") - 1)] + rows)
+    head = f"| {markdown_text(rubric.id)} | points | dimension |" + (" verdict |" if verdicts else "")
+    rows = [f"| {markdown_text(c.text)} | {c.points} | {markdown_text(c.dimension)} |" + (f" {v.status} |" if v else "") for c, v in zip(rubric, vs, strict=True)]
+    return "\n".join([head, "|" + " --- |" * (4 if verdicts else 3)] + rows)
 
 Rubric._repr_markdown_ = as_markdown

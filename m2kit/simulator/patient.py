@@ -15,6 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from pydantic import TypeAdapter, ValidationError
 from ..core.errors import UserError
+from ..core.files import text_lines
 from ..core.run import atomic_write
 from ..lm.chat import ChatModel, Completion, Sampling, check_dialogues
 from .affect import END, MONOLITH, PATIENT, AffectiveUnit
@@ -385,10 +386,8 @@ def load_transcripts(
     path,   # as `save_transcripts` wrote it
 ) -> list[Transcript]:
     "The transcripts of a file, or a `UserError` that names the line."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); pass a file that save_transcripts wrote") from None
     out = []
-    for i, row in enumerate(lines, 1):
+    for i, row in text_lines(path):
         try: out.append(_JSON.validate_json(row))
         except ValidationError as e:
             x = e.errors()[0]

@@ -11,8 +11,9 @@ __all__ = ['GIB', 'LAYERS', 'KINDS', 'SOURCES', 'training_memory', 'cards_needed
 import json, math, os, shlex
 from pathlib import Path
 from ..core.errors import UserError, choose, require
-from ..core.run import atomic_write, read_jsonl
-from ..infer.memory import QWEN25_32B, card_bytes, decoder, parameters
+from ..core.files import json_values
+from ..core.run import atomic_write
+from ..lm.memory import QWEN25_32B, card_bytes, decoder, parameters
 from ..rubrics.reference import ClauseGrader
 from .rewards import RubricReward, as_rubric, diagnosis_reward, guarded
 
@@ -104,9 +105,9 @@ def recipe_tasks(
     if not path:
         from m2kit.train.length import clinic_tasks
         return clinic_tasks(n, seed)
-    if not (rows := read_jsonl(path)): raise UserError(f"{path} holds no tasks; write a line for each: {{\"prompt\": [{{\"role\": \"user\", \"content\": ...}}], \"rubric\": {{...}}}}")
+    if not (rows := [d for _, d in json_values(path)]): raise UserError(f"{path} holds no tasks; write a line for each: {{\"prompt\": [{{\"role\": \"user\", \"content\": ...}}], \"rubric\": {{...}}}}")
     for i, r in enumerate(rows):
-        if not {"prompt", "rubric"} <= set(r): raise UserError(f"{path}, row {i + 1}: has {sorted(r)}; a task needs a prompt and a rubric")
+        if not isinstance(r, dict) or not {"prompt", "rubric"} <= set(r): raise UserError(f"{path}, row {i + 1}: has {sorted(r) if isinstance(r, dict) else type(r).__name__}; a task needs a prompt and a rubric")
         r["rubric"] = as_rubric(r["rubric"])
     return rows
 
@@ -115,7 +116,7 @@ def train_recipe(
     args,          # of `recipe_arguments`
 ) -> list[dict]:   # the metrics of all steps
     "What the training script does."
-    from m2kit.core.run import Run
+    from m2kit.core.step import Step
     from m2kit.lm.open import open_model
     from m2kit.rubrics.grade import LMGrader
     from m2kit.train.grpo import GRPOConfig
@@ -125,7 +126,7 @@ def train_recipe(
     rubric = RubricReward(LMGrader(open_model(args.grader)) if args.grader else ClauseGrader())
     one_at_a_time = cfg.prompts*cfg.group//int(os.environ.get("WORLD_SIZE", 1))   # an answer is as long as many
     fields = dict(gradient_accumulation_steps=one_at_a_time) | (vllm_fields(args.vllm, args.max_new + 4096) if args.vllm else {})
-    run = Run("grpo", vars(args), args.out)
+    run = Step("grpo", vars(args), args.out)
     return trl_train(args.model, None, recipe_tasks(args.tasks, args.seed), [rubric, LengthReward(rubric, cfg.group, coef=args.coef)], cfg, run,
                      tell=lambda row: print(json.dumps(row), flush=True), options=qlora(args.qlora) if args.qlora else None, **fields)
 
