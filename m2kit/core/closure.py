@@ -267,6 +267,18 @@ def _closed(reader, data) -> Closure:
     return Closure(modules, {p: _content(Path(data)/p) for p in sorted(reader.data)})
 
 # %% ../../nbs/core/closure.ipynb #cell-28
+@cache
+def _closure(places, folder, data) -> Closure:
+    "What some functions are made of, read once."
+    reader = _Reader(folder)
+    for p in places:
+        module, _, name = p.partition(":")
+        d = reader.module(module)
+        known = d is not None and (not name or name in d.defs or name in d.imports)
+        if not known: raise ValueError(f"{p}: no such place in the package")
+        reader.add(module, name or None)
+    return _closed(reader, data)
+
 def closure(
     *places: str,       # "m2kit.train.length:train_arm", or a whole module "m2kit.train.length"
     folder=None,        # of the package; the one that is running by default
@@ -274,13 +286,7 @@ def closure(
 ) -> Closure:
     "What some functions are made of. A `ValueError` for a place that is not there."
     from m2kit.core.run import data_dir
-    reader = _Reader(Path(folder or package_dir()))
-    for p in places:
-        module, _, name = p.partition(":")
-        d = reader.module(module)
-        if d is None or name and name not in d.defs and name not in d.imports: raise ValueError(f"{p}: no such place in the package")
-        reader.add(module, name or None)
-    return _closed(reader, data or data_dir())
+    return _closure(places, Path(folder or package_dir()), Path(data or data_dir()))
 
 def closure_of_code(
     source: str,        # a notebook's code
@@ -299,4 +305,4 @@ def closure_of_code(
 
 def forget_code():
     "Read modules and data again: for a process that outlives an edit."
-    _module.cache_clear(); registered.cache_clear(); _content.cache_clear()
+    for read in (_module, registered, _content, _closure): read.cache_clear()
