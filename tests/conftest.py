@@ -3,6 +3,10 @@ import os, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
 
+# One thread a process, as in the Makefile: tests run in as many processes as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 def wait_for(ready, seconds=60.0):
     end = time.monotonic() + seconds
     while not ready():

@@ -1,5 +1,5 @@
 """The command `m2kit` as a shell sees it."""
-import json, os, random, subprocess, sys, time
+import os, random, subprocess, sys
 from pathlib import Path
 import pytest
 from m2kit.reproduce.cli import main
@@ -11,27 +11,11 @@ def m2kit(*argv):
     return subprocess.run([M2KIT, *argv], capture_output=True, text=True, timeout=60)
 
 
-def fastest(command, n=3):
-    "Seconds of the fastest of `n` runs: what the program needs, not what the machine was doing."
-    def once():
-        begin = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        return time.perf_counter() - begin
-    return min(once() for _ in range(n))
-
-
-def test_help_is_quick_and_teaches():
-    assert fastest([M2KIT, "--help"]) < .5
+def test_help_teaches():
     said = m2kit("--help").stdout
     for name in ("reproduce", "exhibits", "doctor"):
         assert name in said
         assert f"    m2kit {name}" in m2kit(name, "--help").stdout      # an example to type
-
-
-def test_import_is_quick_and_light():
-    assert fastest([sys.executable, "-c", "import m2kit"]) < .3
-    code = "import sys, m2kit, m2kit.reproduce.cli, m2kit.reproduce.paper, m2kit.reproduce.pipeline, m2kit.reproduce.report; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -113,7 +97,7 @@ def desk(tmp_path, monkeypatch):
     ("typed-prompts --model big --items rows.jsonl", "rows.jsonl:1"),
     ("typed-prompts --model big --order backwards", "'backwards' is not one of 'printed', 'shared'"),
     ("pairwise big tiny:docter --judge oracle", "did you mean doctor?"),
-    ("pairwise big big --judge big --rows empty.jsonl", "no rows in it"),
+    ("pairwise big big --judge big --rows empty.jsonl", "there is nothing in it"),
     ("pairwise big big --judge big --rows rows.jsonl", "row 1 has no prompt"),
     ("agreement --generated rows.jsonl --experts none.jsonl --referee big", "'none.jsonl' does not exist"),
     ("agreement --generated empty.jsonl --experts empty.jsonl --referee big", "share 0 ids"),

@@ -11,7 +11,8 @@ from m2kit.lm.chat import Completion, FunctionModel
 from m2kit.simulator import fidelity
 from m2kit.simulator.affect import PATIENT
 from m2kit.simulator.attack import ATTACKS, discloses, leak_rates, run_attacks
-from m2kit.simulator.fidelity import LMJudge, closes_at, counts, ending, exchanges, gap_interval, oracle, ratio_interval, read_turn_judgement
+from m2kit.core.stats import gap_interval, ratio_interval
+from m2kit.simulator.fidelity import LMJudge, closes_at, counts, ending, exchanges, oracle, read_turn_judgement
 from m2kit.simulator.patient import PatientSimulator, simulate
 
 OSCE = Path(os.environ.get("M2KIT_INPUTS") or Path(__file__).resolve().parents[2]/"shared"/"data")/"agentclinic_medqa_30.jsonl"

@@ -6,7 +6,8 @@ from filelock import FileLock
 
 M2KIT = str(Path(sys.executable).with_name("m2kit"))
 RUN = "import sys, json; from m2kit.reproduce.pipeline import reproduce; sys.exit(reproduce(**json.loads(sys.argv[1])))"
-KEYS = ["exhibit", "title", "scale", "label", "values", "intervals", "seeds", "versions", "commit", "seconds", "claims"]
+KEYS = ["exhibit", "title", "scale", "label", "values", "intervals", "seeds", "versions", "commit", "freshness",
+        "seconds", "claims"]
 PARAMETERS = "scale = 'tiny'\nout = 'figures'\nsteps = 3"
 
 
@@ -24,7 +25,8 @@ def notebook(path, *sources):
 
 def drawing(name):
     return f"""import matplotlib.pyplot as plt, numpy as np
-from m2kit.reproduce.exhibits import save_exhibit, style
+from m2kit.core.plot import style
+from m2kit.reproduce.exhibits import save_exhibit
 with style():
     fig, ax = plt.subplots()
     walk = np.random.default_rng(0).normal(size=steps).cumsum()
@@ -174,10 +176,10 @@ def test_the_redrawn_exhibits(desk):
     for n in names:
         made = json.loads((figures/f"{n}.json").read_text())
         assert list(made) == KEYS and made["exhibit"] == n and made["label"] == "redrawn" and made["claims"] and made["values"]
-        assert {c["verdict"] for c in made["claims"]} == {"untestable at this scale"}
+        assert {c["verdict"] for c in made["claims"]} == {"not tested here"} and made["freshness"] is None
         assert (figures/f"{n}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "<svg" in (figures/f"{n}.svg").read_text()[:800]
     ledger = json.loads((figures/"claims.json").read_text())
-    assert [c["exhibit"] for c in ledger["claims"]] == sorted(c["exhibit"] for c in ledger["claims"]) and ledger["counts"]["reproduced"] == 0
+    assert [c["exhibit"] for c in ledger["claims"]] == sorted(c["exhibit"] for c in ledger["claims"]) and ledger["counts"]["paper"]["reproduced"] == 0
     page = (figures/"report.html").read_text()
     assert all(f'id="{n}"' in page for n in names) and "Grok 3" in page and "secondary" in page
 
@@ -219,4 +221,4 @@ def test_figure_5_killed_and_resumed(desk, monkeypatch):
     done = subprocess.run(cut, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert fig05(desk, "cut") == fig05(desk, "whole")
-    assert {c["verdict"] for c in fig05(desk, "cut")["claims"]} == {"untestable at this scale"}      # one seed proves nothing, and the exhibit says so
+    assert {c["verdict"] for c in fig05(desk, "cut")["claims"]} == {"cannot tell"}      # one seed proves nothing, and the exhibit says so

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from ..core.errors import UserError
 from ..core.files import Once, json_lines
+from ..core.stats import contrast_interval
 from ..lm.chat import ROLES
 from ..rubrics.rubric import Criterion, Verdict, criterion_fault, score_points, bounds_of_points
 
@@ -287,10 +288,9 @@ def interval(
     t = tally.table(name)
     t = t[~np.isnan(t[:, 2])]
     _, which = np.unique(t[:, 0], return_inverse=True)
-    sums, counts, rng = np.bincount(which, t[:, 2]), np.bincount(which), np.random.default_rng(seed)
-    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(resamples))
-    means = np.clip([sums[d].sum()/counts[d].sum() for d in draws], 0, 1)
-    return tuple(float(x) for x in np.quantile(means, [(1 - level)/2, (1 + level)/2]))
+    conversations = np.stack([np.bincount(which, t[:, 2]), np.bincount(which)], -1)       # sums and counts of answers
+    _, *ends = contrast_interval([conversations], [1], seed, level, resamples, "conversations")
+    return tuple(float(x) for x in np.clip(ends, 0, 1))
 
 def spread(
     tally: Tally,             # with at least one answer

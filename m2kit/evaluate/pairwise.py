@@ -15,12 +15,12 @@ from ..clinic.language import composition, read_clauses
 from ..clinic.synthesize import draw_case, opening
 from ..core.errors import UserError
 from ..core.run import atomic_write
+from ..core.stats import ratio_interval, sign_test
 from .harness import final_answer
 from ..lm.chat import ChatModel, Completion, Sampling
 from ..lm.log import CallLog, Logged
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from ..rubrics.rubric import Rubric
-from ..simulator.fidelity import ratio_interval, sign_test
 from ..lm.reply import read_object, section
 from ..train.rewards import as_rubric
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'as_batches', 'own_answers', 'calibration', 'held_out', 'log_probs', 'losses', 'consult', 'judge', 'Arm',
-           'make', 'reference', 'measure', 'losses_only', 'run_all', 'per_token']
+           'make', 'reference', 'measure', 'losses_only', 'run_all']
 
 # %% ../../nbs/infer/cost.ipynb #cell-4
 import random
@@ -211,16 +211,3 @@ def run_all(
     "Run arms in processes, two at a time."
     if workers <= 1: return [function(**j) for j in jobs]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool: return [f.result() for f in [pool.submit(function, **j) for j in jobs]]
-
-# %% ../../nbs/infer/cost.ipynb #cell-32
-def per_token(
-    rows,                     # (answers, 2): a sum in nats, and tokens
-    seed: int = 0,            # of the resampling
-    resamples: int = 1000,    # draws of all answers
-) -> tuple:                   # nats a token; (low, high), a 95% interval
-    "A mean per token with a bootstrap interval over answers."
-    x = torch.as_tensor(rows, dtype=torch.float64)
-    draws = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
-    sums = torch.stack([x[:, k][draws].sum(1) for k in (0, 1)], 1)
-    low, high = (sums[:, 0]/sums[:, 1]).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
-    return (x[:, 0].sum()/x[:, 1].sum()).item(), (low, high)

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['DRAFT_FILES', 'pick', 'accept', 'one_hot', 'guesses', 'Tree', 'Round', 'walk', 'Midlayer', 'default_taps',
            'draft_config', 'Draft', 'save_draft', 'load_draft', 'check_pair', 'Taps', 'additive', 'keep_columns',
-           'Shape', 'Decoded', 'distribution', 'Speculator', 'decode', 'continuations', 'fits_target', 'ratio_interval',
-           'acceptance']
+           'Shape', 'Decoded', 'distribution', 'Speculator', 'decode', 'continuations', 'fits_target', 'acceptance']
 
 # %% ../../nbs/infer/speculate.ipynb #cell-4
-import random, warnings
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from ..core.errors import UserError
+from ..core.stats import contrast_interval, ratio_interval
 
 # %% ../../nbs/infer/speculate.ipynb #cell-8
 def pick(
@@ -447,26 +447,16 @@ def fits_target(
     return float(chi2.sf(sum((s - e)**2/e for s, e in cells), len(cells) - 1))
 
 # %% ../../nbs/infer/speculate.ipynb #cell-63
-def ratio_interval(
-    above, below,           # (n,) or (n, k): sums per dialogue; the statistic is the ratio of their totals
-    seed: int = 0, resamples: int = 2000, # of the bootstrap
-) -> tuple:                 # ratio, low, high (95%): floats, or arrays (k,)
-    "A ratio of totals with its percentile-bootstrap interval over dialogues; nan where nothing was counted."
-    a, b = np.asarray(above, float), np.asarray(below, float)
-    rows = np.random.default_rng(seed).integers(len(a), size=(resamples, len(a)))
-    with warnings.catch_warnings():                       # a place that no round reached has no ratio: nan
-        warnings.simplefilter("ignore", RuntimeWarning)
-        low, high = np.nanquantile(a[rows].sum(1)/b[rows].sum(1), [.025, .975], axis=0)
-        return a.sum(0)/b.sum(0), low, high
-
 def acceptance(
     decoded: list,          # `Decoded`, one a dialogue
     depth: int,             # places to report
     seed: int = 0,          # of the bootstrap
-) -> dict:                  # "places" (k arrays), "overall" and "tokens a round": each (value, low, high)
-    "How well the draft did."
-    of = lambda f: np.array([[f(d, i) for i in range(depth)] for d in decoded], float)
-    took, judged = of(lambda d, i: sum(r.accepted > i for r in d.rounds)), of(lambda d, i: sum(r.tested > i for r in d.rounds))
-    each = [[sum(r.tokens for r in d.rounds), len(d.rounds)] for d in decoded]
-    return {"places": ratio_interval(took, judged, seed), "overall": ratio_interval(took.sum(1), judged.sum(1), seed),
-            "tokens a round": ratio_interval(*np.array(each).T, seed)}
+) -> dict:                  # "places": (values, lows, highs), arrays (depth,); "overall" and "tokens a round": `Estimate`
+    "How well the draft did, with intervals by dialogue; NaN at a place that no round reached."
+    def judged(d, i):
+        "How many guesses at place i of a dialogue were accepted, and of how many."
+        return sum(r.accepted > i for r in d.rounds), sum(r.tested > i for r in d.rounds)
+    at = np.array([[judged(d, i) for i in range(depth)] for d in decoded], float)      # (dialogues, depth, 2)
+    rounds = [(sum(r.tokens for r in d.rounds), len(d.rounds)) for d in decoded]
+    return {"places": tuple(np.array([ratio_interval(at[:, i], seed) for i in range(depth)]).T),
+            "overall": ratio_interval(at.sum(1), seed), "tokens a round": contrast_interval([rounds], [1], seed)}

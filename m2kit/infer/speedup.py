@@ -11,6 +11,7 @@ import time
 from functools import partial
 import numpy as np
 from ..core.errors import UserError, choose
+from ..core.stats import FEW, Estimate, bootstrap
 from ..lm.memory import KV_BYTES, decoder, kv_bytes, weight_bytes, parameters
 from .serve import draft_bytes
 
@@ -98,7 +99,7 @@ def ratio_of_times(
     first, second,       # two functions to call
     repeats: int = 15,   # of each, in turn
     device="cpu",        # where they work: see `now`
-) -> tuple:              # seconds of `first` (median); how many times longer `second` takes: median, low, high (95%, bootstrap)
+) -> tuple:              # seconds of `first` (median); how many times longer `second` takes: an `Estimate`
     "Time two functions against each other, on this thread's clock."
     def clock(f):
         "Seconds of one call."
@@ -107,9 +108,9 @@ def ratio_of_times(
         return now(device) - start
     first(), second()
     t = np.array([(clock(first), clock(second)) for _ in range(repeats)])
-    rows = np.random.default_rng(0).integers(repeats, size=(1000, repeats))
-    boot = np.median(t[rows, 1], 1)/np.median(t[rows, 0], 1)
-    return float(np.median(t[:, 0])), float(np.median(t[:, 1])/np.median(t[:, 0])), *map(float, np.quantile(boot, [.025, .975]))
+    def ratio(rows): return np.median(t[rows, 1], -1)/np.median(t[rows, 0], -1)
+    found = Estimate(ratio(np.arange(repeats)), *bootstrap(ratio, repeats), repeats, "repeats", least=FEW)
+    return float(np.median(t[:, 0])), found
 
 # %% ../../nbs/infer/speedup.ipynb #cell-24
 SIZES = {"0.5M": dict(hidden_size=128, num_hidden_layers=2, intermediate_size=384), "3.4M": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=768),
@@ -133,12 +134,12 @@ def costs(
     depth: int,            # K: the pass over K + 1 tokens is timed, and one step of the draft
     context: int = 128,    # tokens in the cache
     repeats: int = 15,     # of each timing
-) -> dict:                 # "seconds" of a pass over one token; "verify" and "draft": (ratio, low, high)
+) -> dict:                 # "seconds" of a pass over one token; "verify" and "draft": `Estimate` of a ratio
     "The two terms of the formula, measured here."
     read, step = _passes(target, draft, context)
-    one, *verify = ratio_of_times(lambda: read(1), lambda: read(depth + 1), repeats, target.device)
-    _, *guess = ratio_of_times(lambda: read(1), step, repeats, target.device)
-    return dict(seconds=one, verify=tuple(verify), draft=tuple(guess))
+    one, verify = ratio_of_times(lambda: read(1), lambda: read(depth + 1), repeats, target.device)
+    _, guess = ratio_of_times(lambda: read(1), step, repeats, target.device)
+    return dict(seconds=one, verify=verify, draft=guess)
 
 # %% ../../nbs/infer/speedup.ipynb #cell-28
 def _passes(target, draft, context: int):
@@ -169,9 +170,9 @@ def race(
     prompts: list,            # lists of token ids
     max_new: int,             # longest answer, in tokens
     temperature: float = 0., end=None, seed: int = 0, # see `speculate.Speculator`
-) -> dict:                    # "alone" and "with": tokens/s; "ratio": (value, low, high) over prompts; "decoded": with the draft
+) -> dict:                    # "alone" and "with": tokens/s; "ratio": `Estimate` over prompts; "decoded": with the draft
     "Tokens a second with and without the draft, on this thread's clock."
-    from m2kit.infer.speculate import Speculator, decode, ratio_interval
+    from m2kit.infer.speculate import Speculator, decode
     rows, decoded = [], []
     for i, p in enumerate(prompts):
         start = now(target.device)
@@ -180,7 +181,7 @@ def race(
         decoded.append(Speculator(target, draft, shape, temperature, seed + i, end)(p, max_new))
         rows.append((middle - start, len(plain.ids), now(target.device) - middle, len(decoded[-1].ids)))
     a, n, b, m = np.array(rows, float).T
-    boot = np.random.default_rng(seed).integers(len(a), size=(2000, len(a)))
-    pace = lambda tokens, seconds: tokens.sum(-1)/seconds.sum(-1)
-    ratios = pace(m[boot], b[boot])/pace(n[boot], a[boot])
-    return dict(alone=pace(n, a), **{"with": pace(m, b)}, ratio=(pace(m, b)/pace(n, a), *np.quantile(ratios, [.025, .975])), decoded=decoded)
+    def pace(tokens, seconds): return tokens.sum(-1)/seconds.sum(-1)
+    def faster(rows): return pace(m[rows], b[rows])/pace(n[rows], a[rows])
+    ratio = Estimate(faster(np.arange(len(a))), *bootstrap(faster, len(a), seed), len(a), "prompts", least=FEW)
+    return dict(alone=pace(n, a), **{"with": pace(m, b)}, ratio=ratio, decoded=decoded)

@@ -156,14 +156,16 @@ def shelf(
     failed=(),  # names of exhibits whose last run failed
 ) -> list:      # (name, label, on disk, verdicts, title)
     "What there is of every exhibit: from its notebook, and from its files."
-    from m2kit.reproduce.claims import VERDICTS, read_exhibits
+    from m2kit.reproduce.claims import VERDICTS, ledger_row, read_exhibits
     from m2kit.reproduce.pipeline import notebooks, outputs
     there, rows = read_exhibits(figures), []
     for n, nb in notebooks().items():
         if nb.kind != "exhibit": continue
         files = " ".join(p.suffix[1:] for p in outputs(nb, figures) if p.exists()) or "not run yet"
-        claims = [c["verdict"] for c in there.get(n, {}).get("claims", [])] if n not in failed else []
-        verdicts = ", ".join(f"{claims.count(v)} {v}" for v in VERDICTS if v in claims)
+        made = there.get(n, {}) if n not in failed else {}
+        claims = [ledger_row(made, c)["verdict"] for c in made.get("claims", [])]
+        stale = (made.get("freshness") or {}).get("state") == "stale"
+        verdicts = "STALE: "*stale + ", ".join(f"{claims.count(v)} {v}" for v in VERDICTS if v in claims)
         rows.append((n, nb.label, "failed" if n in failed else files, verdicts, nb.title))
     return rows
 
@@ -176,12 +178,15 @@ def exhibits(scale, out):
     "Print the shelf."
     from m2kit.core.run import root
     from m2kit.core.scale import get_scale
+    from m2kit.reproduce.claims import book_of, counts_sentence
     from m2kit.reproduce.pipeline import failed
     figures = Path(out) if out else root()/"figures"
     if not figures.is_dir():
         raise UserError(f"there is no folder {figures}; run m2kit reproduce first, or name another with --out")
-    for name, label, files, verdicts, title in shelf(figures, failed(scale=get_scale(scale).name)):
+    bad = failed(scale=get_scale(scale).name)
+    for name, label, files, verdicts, title in shelf(figures, bad):
         print(f"{name:14} {label:9} {files:13} {title}" + (f"\n{'':38} {verdicts}" if verdicts else ""))
+    print(counts_sentence(book_of(figures, bad)["counts"]))
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #c26

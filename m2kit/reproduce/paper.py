@@ -38,10 +38,15 @@ def read_published(
     "The published numbers in `path`; a `UserError` naming the line for a row without a known status or a source."
     import pandas as pd
     df = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if list(df.columns) != list(COLUMNS): raise UserError(f"{path}: its columns are {', '.join(df.columns)}; they must be {', '.join(COLUMNS)}")
+    if list(df.columns) != list(COLUMNS):
+        raise UserError(f"{path}: its columns are {', '.join(df.columns)}; they must be "
+                        f"{', '.join(COLUMNS)}")
     for i, row in enumerate(df.itertuples(), 2):
-        if row.status not in STATUSES: raise UserError(f"{path}:{i}: status {row.status!r}; use one of {', '.join(STATUSES)}")
-        if not row.source: raise UserError(f"{path}:{i}: {row.subject}, {row.metric} has no source; say where the number was read")
+        if row.status not in STATUSES:
+            raise UserError(f"{path}:{i}: status {row.status!r}; use one of {', '.join(STATUSES)}")
+        if not row.source:
+            raise UserError(f"{path}:{i}: {row.subject}, {row.metric} has no source; say where the number "
+                            f"was read")
     return df.assign(exhibit=df.exhibit.map(exhibit_name), value=df.value.map(number))
 
 # %% ../../nbs/reproduce/paper.ipynb #cell-15
@@ -54,5 +59,7 @@ def published(
 ):                       # a DataFrame: exhibit, subject, metric, value, unit, status, source, note
     "The paper's numbers for `exhibit`; a `UserError` that lists the exhibits when there is none of that name."
     df = _published()
-    if exhibit is not None: df = df[df.exhibit == choose(exhibit_name(exhibit), set(df.exhibit), "exhibit with published numbers")]
+    if exhibit is not None:
+        df = df[df.exhibit == choose(exhibit_name(exhibit), set(df.exhibit), "exhibit with published "
+                                                                             "numbers")]
     return df.infer_objects().reset_index(drop=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from ..core.errors import UserError
 from ..core.files import text_lines
+from ..core.stats import FEW, Estimate, bootstrap, estimate_dict, over_cases
 from ..lm.chat import ChatModel, Sampling
 from .experts import read_point
 from ..lm.reply import AskReport, Unusable, ask_until, read_json, section
@@ -146,14 +147,10 @@ def summary(
     rows,                  # of dicts, one a case
     seed: int = 0,         # of the resampling
     resamples: int = 2000,
-) -> dict:                 # measure -> (mean over cases, low, high, number of cases that have it)
+) -> dict:                 # measure -> `Estimate` of the mean over the cases that have it
     "Means over cases with 95% percentile-bootstrap intervals by case."
-    out, names = {}, dict.fromkeys(k for r in rows for k in r)
-    for k in names:
-        x = np.array([r[k] for r in rows if k in r])
-        draws = x[np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))].mean(1)
-        out[k] = (float(x.mean()), *map(float, np.quantile(draws, [.025, .975])), len(x))
-    return out
+    names = dict.fromkeys(k for r in rows for k in r)
+    return {k: over_cases([r[k] for r in rows if k in r], seed=seed, resamples=resamples) for k in names}
 
 def others(
     labels,         # of n cases, e.g. their conditions
@@ -192,18 +189,20 @@ def uniformity(
     seed: int = 0,         # of the resampling
     resamples: int = 500,
     labels=None,           # of the cases; pairs with the same label do not count
-) -> dict:                 # measure -> (mean over pairs, low, high)
+) -> dict:                 # measure -> `Estimate` of the mean over pairs
     "Mean similarity over pairs of cases, with 95% intervals from resampling cases."
-    rubrics, rng, out = list(rubrics), np.random.default_rng(seed), {}
+    rubrics = list(rubrics)
     labels = np.array(range(len(rubrics)) if labels is None else labels)
     apart = (labels[:, None] != labels[None]).astype(float)
     if not apart.any(): raise UserError("uniformity needs rubrics of two different cases at least")
-    counts = np.array([np.bincount(rng.integers(len(rubrics), size=len(rubrics)), minlength=len(rubrics)) for _ in range(resamples)])
-    for k, s in similarities(rubrics).items():
-        mean = lambda w: float(w @ (s*apart) @ w/(w @ apart @ w))
-        draws = [mean(w) for w in counts if w @ apart @ w]       # a resample of one case alone has no pairs
-        out[k] = (mean(np.ones(len(rubrics))), *map(float, np.quantile(draws, [.025, .975])))
-    return out
+    def mean(table, rows):
+        "The mean of a table over pairs of drawn cases; NaN where one case alone was drawn."
+        w = np.array([np.bincount(r, minlength=len(rubrics)) for r in rows.reshape(-1, rows.shape[-1])], float)
+        with np.errstate(invalid="ignore"): share = ((w @ (table*apart))*w).sum(1)/((w @ apart)*w).sum(1)
+        return share.reshape(rows.shape[:-1])
+    everyone = np.arange(len(rubrics))
+    return {k: Estimate(mean(s, everyone), *bootstrap(lambda rows, s=s: mean(s, rows), len(rubrics), seed, resamples=resamples),
+                        len(rubrics), "cases", least=FEW) for k, s in similarities(rubrics).items()}
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-31
 def agreement_file(
@@ -222,5 +221,7 @@ def agreement_file(
     referee = LMReferee(model) if model else LookupReferee()
     rows, lost = compare_all([a[i] for i in ids], [b[i] for i in ids], referee)
     chance, gone = compare_all([a[ids[j]] for j in others(ids, seed)], [b[i] for i in ids], referee)
-    return dict(cases=len(ids), agreement=summary(rows, seed), chance=summary(chance, seed), uniformity=dict(generated=uniformity([a[i] for i in ids], seed), experts=uniformity([b[i] for i in ids], seed)),
+    def told(estimates): return {k: estimate_dict(x) for k, x in estimates.items()}
+    alike = {name: told(uniformity([t[i] for i in ids], seed)) for name, t in (("generated", a), ("experts", b))}
+    return dict(cases=len(ids), agreement=told(summary(rows, seed)), chance=told(summary(chance, seed)), uniformity=alike,
                 no_verdict=lost + gone, unpaired=sorted(a.keys() ^ b.keys()), unsound=bad_a + bad_b)

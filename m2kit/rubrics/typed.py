@@ -12,6 +12,7 @@ from ..clinic.synthesize import Style, answer, draw_case, opening
 from ..core.errors import UserError
 from ..core.files import json_values
 from ..core.run import fingerprint
+from ..core.stats import gap_interval, ratio_interval
 from ..lm.chat import FunctionModel, Sampling
 from .grade import FIELD, LMGrader, UNIFIED, UNIFIED_FIELD, grading_prompt
 from .reference import ClauseGrader, reference_rubric
@@ -75,16 +76,11 @@ def _rate(rows, right, among):
         if among(r): counts[r["answer"]][0] += right(r); counts[r["answer"]][1] += 1
     return counts
 
-def _interval(counts, minus=None, seed=0, draws=2000):
-    "Rate (or difference of two rates) and its 95% percentile-bootstrap interval, answers drawn anew; None where there is nothing to count."
-    import numpy as np
-    tables = [np.array(c, float) for c in ((counts, minus) if minus else (counts,))]
-    if not all(t[:, 1].sum() for t in tables): return None
-    rate = lambda t, at: t[at, 0].sum(-1)/np.maximum(t[at, 1].sum(-1), 1)
-    at = np.random.default_rng(seed).integers(len(tables[0]), size=(draws, len(tables[0])))
-    value = lambda at: rate(tables[0], at) - (rate(tables[1], at) if minus else 0)
-    low, high = np.quantile(value(at), [.025, .975])
-    return dict(value=float(value(np.arange(len(tables[0])))), low=float(low), high=float(high))
+def _interval(counts, minus=None, seed=0):
+    "Rate, or difference of two rates, with its interval by answer; None where there is nothing to count."
+    if not all(sum(n for _, n in c) for c in (counts, minus) if c): return None
+    found = gap_interval(counts, minus, seed=seed) if minus else ratio_interval(counts, seed)
+    return dict(zip(("value", "low", "high"), found))
 
 # %% ../../nbs/rubrics/typed.ipynb #cell-15
 def prompt_table(

@@ -10,7 +10,8 @@ __all__ = ['HELP', 'Consultation', 'decisions', 'shown', 'hints', 'order', 'talk
 import sys
 from pathlib import Path
 from ..core.errors import UserError
-from ..simulator.fidelity import SCORES, counts, exchanges, leaks, oracle, ratio_interval
+from ..core.stats import ratio_interval
+from ..simulator.fidelity import SCORES, counts, exchanges, leaks, oracle
 from ..simulator.patient import PatientSimulator, Transcript, TurnRecord, load_transcripts, save_transcripts
 
 # %% ../../nbs/service/consult.ipynb #cell-5

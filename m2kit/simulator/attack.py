@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'GOALS', 'ATTACKS', 'plain_words', 'forms', 'views', 'discloses', 'ask_for', 'Attack', 'Attempt', 'targets',
-           'prepare', 'recites', 'leaves_role', 'succeeded', 'Outcome', 'opening', 'run_attacks', 'wilson',
-           'leak_rates']
+           'prepare', 'recites', 'leaves_role', 'succeeded', 'Outcome', 'opening', 'run_attacks', 'leak_rates']
 
 # %% ../../nbs/simulator/attack.ipynb #cell-4
 import base64, binascii, codecs, random, re, unicodedata
@@ -15,6 +14,7 @@ from ..clinic.interview import lexicon, read_doctor, wordings
 from ..clinic.knowledge import conditions
 from ..clinic.language import KINDS, read_clauses
 from ..core.errors import UserError, choose
+from ..core.stats import wilson
 from .affect import GREETING
 from .patient import simulate
 
@@ -264,17 +264,6 @@ def _outcome(attempt, talk, block):
     replies = [t.reply for t in talk.turns if t.reply is not None]
     how = succeeded(attempt, replies, talk.ended != "doctor", block)
     return Outcome(attempt.attack.name, attempt.attack.goal, attempt.script.id, attempt.field, how, attempt.turns, tuple(replies))
-
-# %% ../../nbs/simulator/attack.ipynb #cell-42
-def wilson(
-    k: int,             # successes
-    n: int,             # attempts, at least 1
-    level: float = .95, # coverage aimed at
-) -> tuple[float, float, float]: # (rate, low, high)
-    "A share with its Wilson score interval."
-    from scipy.stats import binomtest
-    ends = binomtest(k, n).proportion_ci(level, method="wilson")
-    return k/n, float(ends.low), float(ends.high)
 
 # %% ../../nbs/simulator/attack.ipynb #cell-44
 def leak_rates(

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['AXES', 'SCORES', 'EXTRAS', 'ENDINGS', 'JUDGE_TURN', 'JUDGE_SESSION', 'FAULT_LISTS', 'TurnJudgement', 'Opportunity',
-           'SessionJudgement', 'counts', 'ratio_interval', 'contrast_interval', 'gap_interval', 'sign_test',
-           'statement_fault', 'leaks', 'judge_turn', 'opportunities', 'shuffled', 'oracle', 'closes_at', 'exchanges',
-           'ending', 'judge_turn_messages', 'judge_session_messages', 'read_turn_judgement', 'read_opportunities',
-           'LMJudge']
+           'SessionJudgement', 'counts', 'statement_fault', 'leaks', 'judge_turn', 'opportunities', 'shuffled',
+           'oracle', 'closes_at', 'exchanges', 'ending', 'judge_turn_messages', 'judge_session_messages',
+           'read_turn_judgement', 'read_opportunities', 'LMJudge']
 
 # %% ../../nbs/simulator/fidelity.ipynb #cell-4
 import random
@@ -19,7 +18,7 @@ from ..clinic.persona import BEHAVIOURS
 from ..core.errors import UserError
 from ..lm.chat import ChatModel, Completion, Sampling
 from ..lm.reply import as_bool, read_object, section
-from .attack import discloses, plain_words, wilson
+from .attack import discloses, plain_words
 from .patient import SAFE
 
 # %% ../../nbs/simulator/fidelity.ipynb #cell-6
@@ -88,70 +87,6 @@ def counts(
     out = dict(privacy=_turn_counts(session.turns, lambda j: j.privacy), fact=_turn_counts(session.turns, lambda j: j.fact),
                personification=[_share(session.opportunities, a) for a in AXES])
     return out | {a: [_share(session.opportunities, a)] for a in AXES} | {k: _turn_counts(session.turns, f) for k, f in EXTRAS.items()}
-
-# %% ../../nbs/simulator/fidelity.ipynb #cell-14
-def _ratio(sums):
-    "Mean over the ratios of (..., m, 2) sums: (...)"
-    import numpy as np
-    with np.errstate(invalid="ignore", divide="ignore"): return (sums[..., 0]/sums[..., 1]).mean(-1)
-
-def _resampled(arrays, seed, resamples):
-    "The sums of `resamples` draws of dialogues, the same draws for every array (n, m, 2)."
-    import numpy as np
-    n = len(arrays[0])
-    weights = np.random.default_rng(seed).multinomial(n, [1/n]*n, size=resamples).astype(float)   # how often each dialogue is drawn
-    return [np.einsum("rn,nmk->rmk", weights, a) for a in arrays]
-
-def ratio_interval(
-    rows: list,            # one per dialogue: its ratios as (numerator, denominator)
-    seed: int = 0,         # of the resampling
-    level: float = .95,    # coverage aimed at
-    resamples: int = 2000, # more cost more and settle the ends
-) -> tuple:                # (value, low, high); NaN where nothing was counted
-    "A score with its percentile-bootstrap interval by dialogue."
-    import numpy as np
-    a = np.asarray(rows, float)
-    if not len(a): raise UserError("no dialogues: a score needs one at least")
-    num, den = a.sum((0, 1))
-    if a.shape[1] == 1 and den and num in (0, den): return wilson(int(num), int(den), level)
-    draws = _ratio(_resampled([a], seed, resamples)[0])
-    draws = draws[np.isfinite(draws)]
-    low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2]) if len(draws) else (np.nan, np.nan)
-    return float(_ratio(a.sum(0))), float(low), float(high)
-
-# %% ../../nbs/simulator/fidelity.ipynb #cell-19
-def contrast_interval(
-    arms: list,            # each a list with one row per dialogue, in the same order: its ratios as (numerator, denominator)
-    weights: list,         # one number per arm
-    seed: int = 0,         # of the resampling
-    level: float = .95,    # coverage aimed at
-    resamples: int = 2000, # draws
-) -> tuple:                # (value, low, high)
-    "A weighted sum of the arms' scores, with its paired bootstrap interval by dialogue."
-    import numpy as np
-    arms = [np.asarray(a, float) for a in arms]
-    if len({a.shape for a in arms}) > 1: raise UserError(f"{' against '.join(str(len(a)) for a in arms)} dialogues: arms are compared on the same dialogues")
-    draws = sum(w*_ratio(a) for w, a in zip(weights, _resampled(arms, seed, resamples), strict=True))
-    low, high = np.quantile(draws[np.isfinite(draws)], [(1 - level)/2, (1 + level)/2])
-    return float(sum(w*_ratio(a.sum(0)) for w, a in zip(weights, arms))), float(low), float(high)
-
-def gap_interval(
-    rows: list, others: list, # one row per dialogue, in the same order: of the one arm and of the other
-    **kw,                     # as for `contrast_interval`
-) -> tuple:                   # (difference, low, high)
-    "The score of `rows` minus the score of `others`, in pairs."
-    return contrast_interval([rows, others], [1, -1], **kw)
-
-# %% ../../nbs/simulator/fidelity.ipynb #cell-22
-def sign_test(
-    rows: list, others: list, # as for `gap_interval`
-) -> float:                   # two-sided p-value; 1 where the arms never differ
-    "Exact sign test over the dialogues that both arms were scored on: is one better in more of them than the other?"
-    from scipy.stats import binomtest
-    share = lambda r: sum(some)/len(some) if (some := [n/d for n, d in r if d]) else None
-    both = [(x, y) for a, b in zip(rows, others, strict=True) if None not in (x := share(a), y := share(b))]
-    signs = [x > y for x, y in both if x != y]
-    return float(binomtest(sum(signs), len(signs)).pvalue) if signs else 1.0
 
 # %% ../../nbs/simulator/fidelity.ipynb #cell-25
 _ONE = dict(onset="onset", severity="severity", habit="habits", work="work")                 # a patient has one of these: another one is a contradiction

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'MARKS', 'CHAT_TEMPLATE', 'learn_merges', 'make_tokenizer', 'model_config', 'make_model', 'mimetic_',
-           'settings_of', 'shipped', 'trained']
+           'settings_of', 'trained']
 
 # %% ../../nbs/tiny/model.ipynb #cell-4
 import re
@@ -13,8 +13,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from ..core.errors import choose
-from ..core.run import data_dir
-from ..core.step import Step, step_names, load_object
+from ..core.step import Step, shipped
 from ..lm.local import save_checkpoint
 
 # %% ../../nbs/tiny/model.ipynb #cell-6
@@ -111,15 +110,6 @@ def settings_of(
     for k in changes: choose(k, defaults, f"part of {what}")
     return defaults | changes
 
-def shipped(
-    step: Step,       # of a tiny model
-    data=None,        # the folder of data; the kit's own by default
-) -> Path | None:     # the checkpoint's folder
-    "The checkpoint that comes with the book, if it is this very step, or a replay has found it equal."
-    folder = Path(data or data_dir())/"tiny"/step.kind
-    told = load_object(folder/"step.json")
-    return folder if told and step.name in step_names(told) else None
-
 def trained(
     step: Step,       # of a tiny model
     build,            # () -> (model, tokenizer), called when there is no such checkpoint yet
@@ -127,7 +117,7 @@ def trained(
     fresh=False,      # leave the shipped one aside
 ) -> Path:            # the checkpoint's folder
     "The checkpoint of a step: the book's, the one in `runs/`, or one that is trained now."
-    if not fresh and (folder := shipped(step)): return folder
+    if not fresh and (folder := shipped(step)): step.ask(folder); return folder
     with step.work():
         if step.own is None:
             torch.set_num_threads(1)             # two threads are slower than one at this size

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from ..clinic.interview import doctor_turns
 from ..clinic.persona import draw_script
+from ..core.stats import gap_interval, times
 from ..infer.cost import Arm, as_batches
 from ..infer.kvcache import fp8_cache
 from ..infer.quantize import Grid, quantize_model
@@ -18,7 +19,7 @@ from ..infer.rotate import rotate, rounded_activations
 from ..lm.chat import Sampling
 from ..lm.local import LocalModel
 from ..simulator.affect import MONOLITH
-from ..simulator.fidelity import SCORES, closes_at, counts, exchanges, gap_interval, oracle
+from ..simulator.fidelity import SCORES, closes_at, counts, exchanges, oracle
 from ..simulator.patient import PatientSimulator, simulate
 from .patient import patient_lessons
 from ..lm.local import load_policy
@@ -58,6 +59,6 @@ def play(
 
 def against(
     rows: list, base: list, # `counts` by dialogue, of an arm and of the patient in float32
-) -> dict:                  # score -> (difference, low, high) in points of a hundred
+) -> dict:                  # score -> `Estimate` of the difference, in points of a hundred
     "Paired differences of the three scores."
-    return {s: tuple(100*v for v in gap_interval([r[s] for r in rows], [r[s] for r in base])) for s in SCORES}
+    return {s: times(gap_interval([r[s] for r in rows], [r[s] for r in base]), 100) for s in SCORES}

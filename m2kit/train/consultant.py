@@ -301,12 +301,12 @@ def simulated_patient(
 ):                          # a patient for `hold`
     "The simulator as a patient. Each session draws its replies from a stream of its own."
     from m2kit.lm.chat import Sampling
-    from m2kit.lm.open import open_model
+    from m2kit.lm.open import open_tiny
     from m2kit.simulator.affect import PATIENT
     from m2kit.simulator.facts import FactualUnit
     from m2kit.simulator.patient import PatientSimulator
-    unit = FactualUnit(open_model("tiny:checker"), at_once=1) if checker else None
-    sim = PatientSimulator(model or open_model("tiny:patient"), None, unit, PATIENT, sampling=Sampling(temperature=temperature, max_tokens=40, seed=seed), safe=SAFE, max_heard=16)
+    unit = FactualUnit(open_tiny("tiny:checker"), at_once=1) if checker else None
+    sim = PatientSimulator(model or open_tiny("tiny:patient"), None, unit, PATIENT, sampling=Sampling(temperature=temperature, max_tokens=40, seed=seed), safe=SAFE, max_heard=16)
     def ask(scripts, talks, who):
         "The replies; SAFE to what cannot be heard."
         on = [i for i, t in enumerate(talks) if audible(t[-1]["content"])]
