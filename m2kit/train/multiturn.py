@@ -127,8 +127,8 @@ def retell(
 @cache
 def _tiny_generator():
     "The tiny generator's model, opened once."
-    from m2kit.lm.open import open_model
-    return open_model("tiny:generator")
+    from m2kit.lm.open import open_tiny
+    return open_tiny("tiny:generator")
 
 WRITING = Sampling(temperature=0, max_tokens=220)   # room for the longest rubric of the clinic
 
