@@ -129,7 +129,8 @@ def train_recipe(
     from m2kit.train.rewards import LengthReward
     from m2kit.train.trl import qlora, trl_train, vllm_fields
     args, scale = at_scale(args)
-    device, _ = place(scale.device)             # a card that is not there is told now
+    try: device, _ = place(scale.device)
+    except UserError: raise UserError(f"the scale {scale.name} wants a CUDA card, and torch sees none here; take --scale tiny or small") from None
     own = {k: getattr(args, k) for k in (*SIZES, "steps", "lr", "save_every", "seed")}
     cfg = GRPOConfig(**own, l_max=args.max_new)
     rubric = RubricReward(LMGrader(open_model(args.grader)) if args.grader else ClauseGrader())
@@ -137,7 +138,7 @@ def train_recipe(
     fields = dict(gradient_accumulation_steps=one_at_a_time)
     if args.vllm: fields |= vllm_fields(args.vllm, scale.context)
     if device == "cpu": fields |= dict(use_cpu=True, bf16=False)
-    run = Step("grpo", vars(args), args.out)
+    run = Step("grpo", vars(args), base=args.out)
     rewards, tasks = [rubric, LengthReward(rubric, cfg.group, coef=args.coef)], recipe_tasks(args.tasks, args.seed)
     return trl_train(args.model, None, tasks, rewards, cfg, run, tell=lambda row: print(json.dumps(row), flush=True),
                      options=qlora(args.qlora) if args.qlora else None, **fields)
