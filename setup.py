@@ -19,4 +19,7 @@ setup(
     package_data={"m2kit._data": ["**/*"]}, exclude_package_data={"m2kit._data": ["evidence/*", "evidence/**/*"]},
     entry_points={"console_scripts": [cfg["console_scripts"]]},
     zip_safe=False,
+    # An editable install as a line of sys.path: with setuptools' own finder, a folder called m2kit beside a script (the
+    # clone itself) would be imported in the package's stead, as an empty namespace.
+    options={"editable_wheel": {"mode": "compat"}},
 )

@@ -309,11 +309,12 @@ def file_kind(
     path, # JSON or JSON lines; for FHIR also the folder of a bulk export
 ) -> str: # "healthbench", "rubrics", or a kind of case: see `m2kit.clinic.importers.MARKS`
     "What a file holds, by the keys of its first object."
-    from m2kit.clinic.importers import MARKS
+    from m2kit.clinic.importers import MARKS, kind_of
     from m2kit.core.files import first_value
     if Path(path).is_dir(): return "fhir"
     marks, first = dict(healthbench="prompt_id", rubrics="criteria", **MARKS), first_value(path)
-    if isinstance(first, dict) and first and "hadm_id" in (inner := next(iter(first.values())) or ()): first = inner
+    inner = next(iter(first.values()), None) if isinstance(first, dict) else None
+    if kind_of(inner) == "patientsim": first = inner      # a dict of profiles
     kind = next((k for k, mark in marks.items() if isinstance(first, dict) and mark in first), None)
     if kind: return kind
     raise UserError(f"{path}: none of the files that the kit reads; they have one of the keys {', '.join(marks.values())}")
