@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GIB', 'LAYERS', 'KINDS', 'SIZES', 'SOURCES', 'PAPER', 'training_memory', 'cards_needed', 'accelerate_config',
-           'deepspeed_config', 'recipe_arguments', 'at_scale', 'train_recipe', 'compute_score', 'verl_rows',
-           'write_verl_data', 'verl_overrides', 'verl_command', 'write_recipes']
+           'deepspeed_config', 'recipe_arguments', 'at_scale', 'recipe_tasks', 'train_recipe', 'compute_score',
+           'verl_rows', 'write_verl_data', 'verl_overrides', 'verl_command', 'write_recipes']
 
 # %% ../../nbs/train/configs.ipynb #cell-4
 import json, math, os, shlex
@@ -115,6 +115,26 @@ def at_scale(
         raise UserError(f"answers of {args.max_new} tokens leave no room for a prompt in the {scale.context} tokens "
                         f"of the scale {scale.name}; take a smaller --max_new, or a larger --scale")
     return args, scale
+
+# %% ../../nbs/train/configs.ipynb #875e804d
+def recipe_tasks(
+    path: str = "",   # of JSON lines; empty: the synthetic clinic
+    seed: int = 0,    # of the clinic's cases
+    n: int = 2000,    # how many of them
+) -> list[dict]:      # rows with "prompt" and "rubric"
+    "The tasks of a recipe."
+    if not path:
+        from m2kit.train.length import clinic_tasks
+        return clinic_tasks(n, seed)
+    if not (rows := [d for _, d in json_values(path)]):
+        way = '{"prompt": [{"role": "user", "content": ...}], "rubric": {...}}'
+        raise UserError(f"{path} holds no tasks; write a line for each: {way}")
+    for i, r in enumerate(rows):
+        if not isinstance(r, dict) or not {"prompt", "rubric"} <= set(r):
+            has = sorted(r) if isinstance(r, dict) else type(r).__name__
+            raise UserError(f"{path}, row {i + 1}: has {has}; a task needs a prompt and a rubric")
+        r["rubric"] = as_rubric(r["rubric"])
+    return rows
 
 # %% ../../nbs/train/configs.ipynb #cell-25
 def train_recipe(
