@@ -222,7 +222,7 @@ def tiny_checker(
         fit(model.train(), checker_lessons(tokenizer, r), r["steps"], r["batch"], tokenizer.pad_token_id,
             r["per"], tell, r["lr"], r["muon_lr"])
         return model.eval(), tokenizer
-    return trained(Step("checker", r, tiny_checker, base=base), build, fresh=fresh)
+    return trained(Step("checker", r, "m2kit.tiny.checker:tiny_checker", base=base), build, fresh=fresh)
 
 # %% ../../nbs/tiny/checker.ipynb #cell-22
 def examine_checker(
