@@ -2,7 +2,7 @@
 import json, os, re
 from pathlib import Path
 import pytest
-from m2kit.reproduce.touched import run_chapter
+from m2kit.reproduce.touched import run_chapter, run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = [*(p for p in sorted((ROOT/"nbs").glob("*/*.ipynb")) if p.parent.name != "exhibits"), ROOT/"nbs"/"index.ipynb"]
@@ -25,14 +25,14 @@ SLOW = [p for p in CHAPTERS if any(re.search(r"^#\s*\|\s*slow\s*$", s, re.M) for
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_chapter(path):
-    passed, said = run_chapter(path)
+    passed, said = run_forked(path)
     assert passed, said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SLOW, ids=name)
 def test_chapter_with_its_slow_cells(path):
-    passed, said = run_chapter(path, "slow", timeout=1800)
+    passed, said = run_forked(path, "slow", timeout=1800)
     assert passed, said
 
 

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['STRETCH', 'COUNTED', 'Tape', 'Taped', 'Answer', 'final_answer', 'recorded_answers', 'ideal_answers',
            'reference_answers', 'one_at_a_time', 'ModelAnswers', 'recorded_verdicts', 'Judge', 'example_record',
-           'replacing', 'json_line', 'spans', 'Batch', 'Harness', 'to_stderr', 'bootstrap_intervals',
-           'spread_by_repeat', 'result_of', 'fine_print', 'as_text', 'claim_folder', 'alone_in', 'default_folder',
-           'Asked', 'answer_room', 'check_answerer', 'who_answers', 'who_grades', 'run_healthbench', 'label',
-           'conclude', 'runs_on']
+           'replacing', 'spans', 'Batch', 'Harness', 'to_stderr', 'bootstrap_intervals', 'spread_by_repeat',
+           'result_of', 'fine_print', 'as_text', 'claim_folder', 'alone_in', 'default_folder', 'Asked', 'answer_room',
+           'check_answerer', 'who_answers', 'who_grades', 'run_healthbench', 'label', 'conclude', 'runs_on']
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-4
 import copy, json, math, os, re, sys, threading, time
@@ -19,7 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from ..core.errors import UserError, choose
-from ..core.run import atomic_write, commit, runs_dir, versions
+from ..core.run import atomic_write, commit, json_line, runs_dir, versions
 from .healthbench import Tally, clipped_mean, interval, spread, summary
 from .pages import write_pages
 from .source import PHYSICIAN, Item, Source, Unusable, chosen, find_rows, read_item
@@ -48,9 +47,10 @@ class Tape:
         "The log of that row."
         part = position//STRETCH
         with self.lock:
-            if part not in self.logs: self.logs[part] = CallLog(self.folder/f"{part:04d}.jsonl")
-            while len(self.logs) > self.keep: del self.logs[min(self.logs)]
-            return self.logs.get(part) or CallLog(self.folder/f"{part:04d}.jsonl")
+            log = self.logs.pop(part) if part in self.logs else CallLog(self.folder/f"{part:04d}.jsonl")
+            self.logs[part] = log
+            while len(self.logs) > self.keep: del self.logs[next(iter(self.logs))]     # the one used longest ago
+            return log
 
     def count(self, asked: int, found: int):
         "Note how many calls were made, and how many found."
@@ -192,23 +192,11 @@ def example_record(
 @contextmanager
 def replacing(
     path,                     # the file to write
-):                            # the open file
+):                            # the open file, for bytes
     "A file that takes its place only when it is complete."
     part = Path(path).with_name(f"{Path(path).name}.part")
-    with open(part, "w", encoding="utf-8") as f: yield f
+    with open(part, "wb") as f: yield f
     os.replace(part, path)
-
-def json_line(
-    d: dict,
-) -> str:
-    "A line of JSON that can be written."
-    text = json.dumps(d, ensure_ascii=False)
-    return (text if text.isascii() or _encodes(text) else json.dumps(d)) + "\n"
-
-def _encodes(text):
-    try: text.encode()
-    except UnicodeEncodeError: return False
-    return True
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-28
 def spans(

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import UserError
-from ..core.run import atomic_write, commit, versions
-from .harness import (Answer, Asked, Tape, alone_in, claim_folder, default_folder, json_line, label,
+from ..core.run import atomic_write, commit, json_line, versions
+from .harness import (Answer, Asked, Tape, alone_in, claim_folder, default_folder, label,
                                     replacing, spans, to_stderr, who_grades)
 from .healthbench import Row, parse_row, read_messages
 from .source import Item, Source, chosen, find_rows
@@ -168,7 +168,7 @@ def verdicts_on(
 def verdict_line(
     j: Judged,
     v,                # the `Verdict` on it
-) -> str:
+) -> bytes:
     "A line of `verdicts.jsonl`."
     return json_line(dict(prompt_id=j.prompt_id, points=j.criterion.points, met=v.met, explanation=v.explanation,
                           labels=j.labels, categories=j.categories))

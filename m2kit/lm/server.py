@@ -267,23 +267,24 @@ def is_loopback(
 class Wire:
     "The transport below the `openai` client: one try of a request, told to the pace."
     def __init__(self,
-        base_url: str,         # of the server
+        base_url: str,         # of the server, without secrets
+        headers: dict,         # of every request
+        query: dict,           # of every address
         pace: Pace,            # hears when the server has too many requests
         secrets: Secrets,      # are hidden in what comes back
         timeout: float,        # seconds for one try, from sending to the last byte
         backoff: float,        # seconds before the first retry
     ):
         self.base_url, self.pace, self.secrets = base_url, pace, secrets
-        self.timeout, self.backoff, self.heard, self.session = timeout, backoff, 0, None
+        self.headers, self.query = {"content-type": "application/json", "accept-encoding": "gzip, deflate"} | headers, query
+        self.timeout, self.backoff, self.heard, self.session, self.client = timeout, backoff, 0, None, None
 
     def open(self):
         "The connections; a proxy of the environment is not asked for an address on this very machine."
         import aiohttp
         lines = aiohttp.TCPConnector(limit=0, ssl=_tls())
-        own = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")   # the client says these
         self.session = aiohttp.ClientSession(connector=lines, cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None), skip_auto_headers=own,
-            trust_env=not is_loopback(self.base_url))
+            timeout=aiohttp.ClientTimeout(total=None), trust_env=not is_loopback(self.base_url))
         return self.session
 
     async def aclose(self):
@@ -303,16 +304,16 @@ async def _read(response) -> str:
 
 @patch
 async def send(self: Wire,
-    request,           # as the client has made it
+    method: str,       # "POST" or "GET"
+    path: str,         # behind the server's address
+    body: bytes,       # JSON, or nothing
 ) -> tuple:            # status, headers, body with its secrets hidden
     "One try."
     import aiohttp
-    headers = {k: v for k, v in request.headers.items() if k not in ("accept-encoding", "connection")}
-    asked = dict(headers=headers | {"accept-encoding": "gzip, deflate"}, data=request.content)
+    asked = dict(data=body or None, headers=self.headers, params=self.query, allow_redirects=False)
     try:
         async with asyncio.timeout(self.timeout):
-            async with (self.session or self.open()).request(request.method, str(request.url),
-                                                             allow_redirects=False, **asked) as r:
+            async with (self.session or self.open()).request(method, self.base_url + path, **asked) as r:
                 return r.status, r.headers, self.secrets.hide(await _read(r))
     except TimeoutError:
         raise Fault(f"no answer within {self.timeout:g} s; a longer timeout= or a lower concurrency= may help",
@@ -324,29 +325,39 @@ async def send(self: Wire,
 # %% ../../nbs/lm/server.ipynb #cell-54
 @patch
 async def attempt(self: Wire,
-    request,           # of the client
-):                     # text, and what it says if it is an answer; a `Fault` when it says nothing
-    "One try, read with suspicion."
-    status, headers, text = await self.send(request)
-    if status != 200: raise status_fault(status, headers, text)
-    return text, read_body(text) if request.method == "POST" else None
-
-@patch
-async def handle_async_request(self: Wire, request):
-    "What the client calls: one try, and whether it should try again."
-    import httpx2
-    began, tries = self.pace.clock(), int(request.headers.get("x-stainless-retry-count", 0))
-    try: text, said = await self.attempt(request)
+    method: str, path: str, body: bytes,   # as in `send`
+    tries: int = 0,    # that have failed before this one
+) -> tuple:            # text, and what it says if it is an answer
+    "One try; a `Fault` when it brought nothing."
+    began = self.pace.clock()
+    try:
+        status, headers, text = await self.send(method, path, body)
+        if status != 200: raise status_fault(status, headers, text)
+        said = read_body(text) if method == "POST" else None
     except Fault as fault:
         fault.tries, self.heard = tries + 1, self.heard + (not fault.refused)
         if fault.too_many: self.pace.refused(began)
-        wait = 1000*wait_before(tries, fault.after, self.backoff)
-        says = {"x-should-retry": str(fault.retry).lower(), "retry-after-ms": f"{max(wait, .01):.2f}"}
-        return httpx2.Response(599, headers=says, request=request, extensions=dict(fault=fault))
+        raise
     self.heard += 1
-    return httpx2.Response(200, text=text, request=request, extensions=dict(said=said))
+    return text, said
 
 # %% ../../nbs/lm/server.ipynb #cell-56
+@patch
+async def handle_async_request(self: Wire,
+    request,           # of the client
+):                     # a response
+    "What the client calls: one try, and whether there should be another."
+    import httpx2
+    tries = int(request.headers.get("x-stainless-retry-count", 0))
+    path = request.url.path.removeprefix(urlsplit(self.base_url).path)
+    try: text, said = await self.attempt(request.method, path, request.content, tries + (request.method == "POST"))
+    except Fault as fault:
+        wait = 1000*wait_before(fault.tries - 1, fault.after, self.backoff)
+        says = {"x-should-retry": str(fault.retry).lower(), "retry-after-ms": f"{max(wait, .01):.2f}"}
+        return httpx2.Response(599, headers=says, request=request, extensions=dict(fault=fault))
+    return httpx2.Response(200, text=text, request=request, extensions=dict(said=said))
+
+# %% ../../nbs/lm/server.ipynb #cell-58
 _loops, _making = {}, threading.Lock()
 
 def the_loop():
@@ -363,7 +374,7 @@ def start(
     "Run `work` in the loop."
     return asyncio.run_coroutine_threadsafe(work, the_loop())
 
-# %% ../../nbs/lm/server.ipynb #cell-59
+# %% ../../nbs/lm/server.ipynb #cell-61
 _open = weakref.WeakKeyDictionary()    # wire -> its loop
 
 def _close(loop, wire, run=asyncio.run_coroutine_threadsafe):    # bound: names may be gone at the end
@@ -377,7 +388,7 @@ def _close_all():
     for future in filter(None, closing):
         with suppress(Exception): future.result(1)
 
-# %% ../../nbs/lm/server.ipynb #cell-61
+# %% ../../nbs/lm/server.ipynb #cell-63
 class ServerModel:
     "A `ChatModel` over an OpenAI-compatible server. Any number of threads may call it."
     def __init__(self,
@@ -397,11 +408,11 @@ class ServerModel:
         self.secrets = Secrets(self.key, *hidden)
         self.retries, self.timeout, self.backoff, self.limit = retries, timeout, backoff, "max_tokens"
         self.pace = Pace(concurrency, concurrency) if concurrency else Pace()
-        self.opened, self.clients = None, {}
+        self.opened, self.wires = None, {}
 
     def __repr__(self): return f"ServerModel({self.name}, {self.base_url})"
 
-# %% ../../nbs/lm/server.ipynb #cell-62
+# %% ../../nbs/lm/server.ipynb #cell-64
 def check_settings(base_url, concurrency, retries, timeout):
     "A `UserError` for the first of them that cannot be."
     if urlsplit(str(base_url).strip()).scheme not in ("http", "https"):
@@ -411,7 +422,7 @@ def check_settings(base_url, concurrency, retries, timeout):
         if value is not None and not value >= least:
             raise UserError(f"ServerModel: {what} is {value!r}; it must be at least {least:g}")
 
-# %% ../../nbs/lm/server.ipynb #cell-64
+# %% ../../nbs/lm/server.ipynb #cell-66
 @patch(as_prop=True)
 def concurrency(self: ServerModel) -> int:
     "How many requests it has under way at most, at present."
@@ -424,23 +435,42 @@ def room(self: ServerModel,
     "Could it do with more requests?"
     return self.pace.backlog < lines*self.pace.limit
 
-# %% ../../nbs/lm/server.ipynb #cell-67
+# %% ../../nbs/lm/server.ipynb #cell-69
+@patch
+def wire(self: ServerModel) -> Wire:
+    "The connections to the server; to be called in the loop."
+    if (pid := os.getpid()) not in self.wires:
+        headers = {"Authorization": f"Bearer {self.key}"} | self.headers
+        self.wires[pid] = Wire(self.base_url, headers, self.query, self.pace, self.secrets, self.timeout, self.backoff)
+        _open[self.wires[pid]] = loop = asyncio.get_running_loop()
+        weakref.finalize(self, _close, loop, self.wires[pid]).atexit = False
+    return self.wires[pid]
+
 @patch
 def client(self: ServerModel):
-    "The `openai` client, and the wire below it; to be called in the loop."
+    "The `openai` client over the wire, made when something fails for the first time."
     import httpx2, openai
-    if (pid := os.getpid()) not in self.clients:
-        wire = Wire(self.base_url, self.pace, self.secrets, self.timeout, self.backoff)
-        http = httpx2.AsyncClient(transport=wire)
-        client = openai.AsyncOpenAI(base_url=self.base_url, api_key=self.key, http_client=http,
-            timeout=None, max_retries=self.retries, default_headers=self.headers, default_query=self.query)
-        client.organization = client.project = None
-        self.clients[pid] = client, wire
-        _open[wire] = loop = asyncio.get_running_loop()
-        weakref.finalize(self, _close, loop, wire).atexit = False
-    return self.clients[pid]
+    if not (wire := self.wire()).client:
+        http, retries = httpx2.AsyncClient(transport=wire), max(self.retries - 1, 0)
+        wire.client = openai.AsyncOpenAI(base_url=self.base_url, api_key=self.key, http_client=http,
+                                         timeout=None, max_retries=retries)
+        wire.client.organization = wire.client.project = None
+    return wire.client
 
-# %% ../../nbs/lm/server.ipynb #cell-69
+# %% ../../nbs/lm/server.ipynb #cell-71
+@patch
+async def again(self: ServerModel,
+    body: dict,              # of a request
+    fault: Fault,            # of its first try
+) -> Said:
+    "The further tries of a request, all the client's own; a `Fault` when they fail as well."
+    import httpx2, openai
+    if not fault.retry or not self.retries: raise fault
+    await asyncio.sleep(wait_before(0, fault.after, self.backoff))
+    try: r = await self.client().post("/chat/completions", cast_to=httpx2.Response, body=body)
+    except openai.APIStatusError as e: raise e.response.extensions["fault"] from None
+    return r.extensions["said"]
+
 @patch
 async def post(self: ServerModel,
     messages: list,          # a dialogue
@@ -448,18 +478,17 @@ async def post(self: ServerModel,
     sample: int,             # sample index
 ) -> Said:
     "What the server says to one request, in as many tries as it takes; a `Fault` when nothing."
-    import httpx2, openai
-    client, _ = self.client()
-    limit, path = self.limit, "/chat/completions"
+    limit = self.limit
     body = request_body(self.model, messages, sampling, sample, limit)
-    try: r = await client.post(path, cast_to=httpx2.Response, body=body)
-    except openai.APIStatusError as e: fault = e.response.extensions["fault"]
-    else: return r.extensions["said"]
-    if fault.status != 400 or limit != "max_tokens" or "max_completion_tokens" not in str(fault): raise fault
+    data = json.dumps(body, ensure_ascii=False).encode()
+    try: return (await self.wire().attempt("POST", "/chat/completions", data))[1]
+    except Fault as e: fault = e
+    if fault.status != 400 or limit != "max_tokens" or "max_completion_tokens" not in str(fault):
+        return await self.again(body, fault)
     self.limit = "max_completion_tokens"
     return await self.post(messages, sampling, sample)
 
-# %% ../../nbs/lm/server.ipynb #cell-71
+# %% ../../nbs/lm/server.ipynb #cell-73
 @patch
 async def callers_fault(self: ServerModel,
     fault: Fault,          # of one row
@@ -470,12 +499,12 @@ async def callers_fault(self: ServerModel,
     if fault.status and 300 <= fault.status < 400:
         return UserError(f"{self.base_url}: {fault}; if that is where the model is, give that address")
     if fault.status != 404: return None
-    try: names = sorted(str(m.id) for m in (await self.client()[0].models.list()).data)
+    try: names = sorted(str(m.id) for m in (await self.client().models.list()).data)
     except Exception:
         return UserError(f"{self.base_url} has no /chat/completions (404); check the address: most servers want it to end in /v1")
     return UserError(f"{self.base_url} does not serve {self.model!r} (404); it serves: {', '.join(names[:10]) or 'nothing'}")
 
-# %% ../../nbs/lm/server.ipynb #cell-73
+# %% ../../nbs/lm/server.ipynb #cell-75
 @patch
 async def row(self: ServerModel,
     call: SimpleNamespace,   # what the rows of one call share: `dead`, the reason why nobody is there
@@ -483,7 +512,7 @@ async def row(self: ServerModel,
 ) -> Said | str:             # what was said; or the error it ended with
     "One dialogue. Raises `UserError` for what concerns every row."
     async with self.pace.place():
-        heard = (wire := self.client()[1]).heard
+        heard = (wire := self.wire()).heard
         if call.dead: return call.dead
         try: return await self.post(messages, sampling, sample)
         except Fault as e: fault = e
@@ -491,7 +520,7 @@ async def row(self: ServerModel,
         if fault.refused and wire.heard == heard: call.dead = str(fault)
         return f"{fault} ({fault.tries} tries)" if fault.retry else str(fault)
 
-# %% ../../nbs/lm/server.ipynb #cell-75
+# %% ../../nbs/lm/server.ipynb #cell-77
 @patch
 def learn(self: ServerModel,
     said: Said,
@@ -512,7 +541,7 @@ async def finished(self: ServerModel,
     while doubtful and self.opened is None and self.pace.backlog: await asyncio.sleep(.02)
     return completion(said, stops, doubtful and bool(self.opened))
 
-# %% ../../nbs/lm/server.ipynb #cell-77
+# %% ../../nbs/lm/server.ipynb #cell-79
 @patch
 async def batch(self: ServerModel,
     dialogues: list, sampling: Sampling, samples: list,   # as in `chat`
@@ -532,7 +561,7 @@ async def batch(self: ServerModel,
         raise UserError(f"no server answers at {self.base_url} ({call.dead}); start one (vllm serve MODEL, "
                         "or transformers serve DIR) or mend the address")
 
-# %% ../../nbs/lm/server.ipynb #cell-79
+# %% ../../nbs/lm/server.ipynb #cell-81
 @patch
 def chat(self: ServerModel,
     dialogues,              # a batch
