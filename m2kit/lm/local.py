@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from ..core.errors import UserError
 from ..core.run import fingerprint
 from .chat import THINK_MARKS, Completion, Sampling, answer_seed, check_dialogues, cut_at_stop, dialogue, sample_indices
+from .spell import Spelling
 
 # %% ../../nbs/lm/local.ipynb #cell-8
 def load(
@@ -179,7 +180,7 @@ class LocalModel:
         vocab = self.model.get_input_embeddings().num_embeddings
         if not self.tok.chat_template: raise UserError(f"{self.label}: the tokenizer has no chat template; set tokenizer.chat_template and save it")
         if len(self.tok) > vocab: raise UserError(f"{self.label}: the tokenizer has {len(self.tok)} tokens, the model {vocab}; they do not belong together")
-        self.opened = opens_thinking(self.tok)
+        self.spell, self.opened = Spelling(self.tok), opens_thinking(self.tok)
         self._spelling = fingerprint(self.tok.chat_template, sorted(self.tok.get_vocab().items()), n=4)
 
     @property
@@ -191,23 +192,16 @@ class LocalModel:
 
 # %% ../../nbs/lm/local.ipynb #cell-37
 @patch
-def spell(self: LocalModel,
-    texts: list[str],
-) -> list[list[int]]:   # token ids, none added
-    "Texts as tokens."
-    return self.tok(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-@patch
 def encode(self: LocalModel,
     dialogues: list,    # a batch, checked
     max_tokens: int,    # room for each answer
 ) -> list[list[int]]:   # token ids of each prompt
     "The prompts as tokens; a `UserError` for one that the template refuses or that leaves no room."
-    room, texts = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), []
+    room, out = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), []
     for i, d in enumerate(dialogues):
-        try: texts.append(self.tok.apply_chat_template(d, tokenize=False, add_generation_prompt=True))
+        try: out.append(self.spell(d))
+        except UserError: raise
         except Exception as e: raise UserError(f"dialogue {i}: the chat template of {self.label} refuses it ({e}); mend its roles or their order") from None
-    out = self.spell(texts)
     for i, ids in enumerate(out):
         if room and len(ids) + max_tokens > room:
             way = f"Sampling(max_tokens={room - len(ids)}) or less, or a shorter dialogue" if len(ids) < room else "shorten the dialogue"
@@ -268,7 +262,7 @@ def _generate(self: LocalModel, prompts: list, sampling: Sampling, seeds: list) 
 @patch
 def _completion(self: LocalModel, prompt: list, row: list, sampling: Sampling, ends: list) -> Completion:
     "The answer that the token ids `row` spell."
-    text, hit = cut_at_stop(self.tok.decode(row, skip_special_tokens=True), sampling.stop)
+    text, hit = cut_at_stop(self.spell.decode(row), sampling.stop)
     ended = row[-1] in ends
     finish, written = "stop" if hit or ended else "length", len(row) - (hit and ended)
     return Completion(text, len(prompt), written, finish, opened=self.opened)

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from ..core.errors import UserError, choose
-from ..lm.chat import ChatModel, Sampling, part_thinking
+from ..lm.chat import ChatModel, Content, Sampling, part_thinking
 from ..lm.reply import as_bool, json_fields, json_objects, section
 from .rubric import Criterion, Verdict
 
@@ -82,7 +82,8 @@ def grading_prompt(
     ask = [ASK_POSITIVE if criterion.positive else ASK_NEGATIVE] if shared else []
     parts = [section("conversation", talk), section("answer", answer), *ask, section("criterion", criterion.text)]
     system = SHARED if shared else UNIFIED if not typed else POSITIVE if criterion.positive else NEGATIVE
-    return [dict(role="system", content=system), dict(role="user", content="\n\n".join(parts))]
+    user = Content.joined(parts, own=[2] if shared else [])                # the question is the kit's own, wherever it stands
+    return [dict(role="system", content=system), dict(role="user", content=user)]
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-33
 _SAYS = r"""(["'“”]?)(?<![a-z]){}\W{{0,4}}?[:=]\W*(\w*)"""
