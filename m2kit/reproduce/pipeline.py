@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from ..core.closure import KEEPING, closure_of_code, digest, forget_code, imports_of, package_dir
 from ..core.errors import UserError, choose
+from ..core.machine import cores
 from ..core.run import atomic_write, fingerprint, root, runs_dir, versions
 from ..core.step import asked, records
 from ..core.scale import get_scale
@@ -618,8 +619,7 @@ def parameters_for(
 def default_jobs() -> int:
     "As many as there are cores to use, and one for every GB of memory that is free."
     import psutil
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores, psutil.virtual_memory().available >> 30))
+    return max(1, min(cores(), psutil.virtual_memory().available >> 30))
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-86
 def run_plan(
