@@ -111,9 +111,6 @@ def main(
     try: return commands.main(argv, prog_name="m2kit", standalone_mode=False) or 0
     except click.UsageError as e: return wrong(f"{e.format_message()} (see {e.ctx.command_path if e.ctx else 'm2kit'} --help)")
     except (UserError, click.ClickException) as e: return wrong(str(e))
-    except OSError as e:                 # a full disk, a checkout that cannot be written to
-        if not (where := e.filename): raise
-        return wrong(f"{where}: {e.strerror}; name another place with --out, or set M2KIT_RUNS")
     except click.Abort: print("m2kit: interrupted; the same command goes on from here", file=sys.stderr); return 130
 
 # %% ../../nbs/reproduce/cli.ipynb #c19
@@ -225,11 +222,11 @@ def cards() -> list: # (name, GB) of each
 
 def machine() -> dict: # python, cores, memory (GB), disk (GB free), git, cuda (name and GB of each card)
     "What there is to work with."
-    import os, platform, shutil, psutil
+    import platform, shutil, psutil
+    from m2kit.core.machine import cores
     from m2kit.core.run import root
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory, disk = psutil.virtual_memory().total, shutil.disk_usage(root()).free
-    return dict(python=platform.python_version(), cores=cores, memory=memory/2**30, disk=disk/2**30,
+    return dict(python=platform.python_version(), cores=cores(), memory=memory/2**30, disk=disk/2**30,
                 git=shutil.which("git"), cuda=cards())
 
 # %% ../../nbs/reproduce/cli.ipynb #c31
@@ -527,9 +524,9 @@ CALLS = [
            help="Of the answers; by default 1."),
     option("--max-tokens", type=COUNT, metavar="N",
            help="Of the answers; by default 2048 (tiny models: 224)."),
-    option("--concurrency", type=COUNT, metavar="N",
-           help="Requests at a time to a server; by default 64, and up to 256 while that helps."),
-    option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, metavar="S",
+    option("--concurrency", type=COUNT, default=8, metavar="N",
+           help="Requests at a time to a server."),
+    option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120, metavar="S",
            help="Seconds for one request."),
     seed_option("the sample, the answers and the bootstrap"),
     option("--out", type=Output(folder=True), metavar="DIR",
@@ -593,10 +590,9 @@ def healthbench(**options):
 def typed_prompts(model, items, n, order, max_tokens, log, out):
     "Run the experiment and print its table."
     import json
-    from m2kit.evaluate.harness import to_stderr
     from m2kit.rubrics.typed import typed_prompts as run
     grader = Unopened(model, log, tell=training(model))
-    print(json.dumps(run(grader, out, items, n, order, max_tokens, to_stderr), indent=1))
+    print(json.dumps(run(grader, out, items, n, order, max_tokens), indent=1))
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #c64
