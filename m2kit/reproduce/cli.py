@@ -222,11 +222,11 @@ def cards() -> list: # (name, GB) of each
 
 def machine() -> dict: # python, cores, memory (GB), disk (GB free), git, cuda (name and GB of each card)
     "What there is to work with."
-    import os, platform, shutil, psutil
+    import platform, shutil, psutil
+    from m2kit.core.machine import cores
     from m2kit.core.run import root
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory, disk = psutil.virtual_memory().total, shutil.disk_usage(root()).free
-    return dict(python=platform.python_version(), cores=cores, memory=memory/2**30, disk=disk/2**30,
+    return dict(python=platform.python_version(), cores=cores(), memory=memory/2**30, disk=disk/2**30,
                 git=shutil.which("git"), cuda=cards())
 
 # %% ../../nbs/reproduce/cli.ipynb #c31

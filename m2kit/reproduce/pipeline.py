@@ -20,9 +20,9 @@ from graphlib import CycleError, TopologicalSorter
 from hashlib import sha256
 from pathlib import Path
 from filelock import FileLock, Timeout
-import m2kit
 from ..core.errors import UserError, choose
-from ..core.run import atomic_write, data_dir, fingerprint, root, runs_dir, versions
+from ..core.machine import cores
+from ..core.run import atomic_write, data_dir, fingerprint, package_dir, root, runs_dir, versions
 from ..core.scale import get_scale
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-6
@@ -162,7 +162,7 @@ def module_imports(
     name: str,          # "core.run"
 ):                      # (hash of its source, names it imports); None when there is no such module
     "One module of the installed package, by its source."
-    path = Path(m2kit.__file__).parent/(name.replace(".", "/") + ".py")
+    path = package_dir()/(name.replace(".", "/") + ".py")
     if not path.is_file(): return None
     source = path.read_text(encoding="utf-8")
     return sha256(source.encode()).hexdigest(), frozenset(imported(ast.parse(source), "m2kit." + name.rpartition(".")[0]))
@@ -603,8 +603,7 @@ def parameters_for(
 def default_jobs() -> int:
     "As many as there are cores to use, and one for every GB of memory that is free."
     import psutil
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores, psutil.virtual_memory().available >> 30))
+    return max(1, min(cores(), psutil.virtual_memory().available >> 30))
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-86
 def run_plan(
