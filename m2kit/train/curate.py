@@ -31,7 +31,8 @@ from ..rubrics.reference import ClauseGrader, reference_rubric
 from ..rubrics.rubric import score
 from .consultant import asked, card, draw_manner, exchanges, hold, reference_doctor, reference_patient, simulated_patient
 from .grpo import load_state, rollout, save_state
-from .midtrain import Both
+from .midtrain import Both, note_lesson
+from .tape import open_tape
 from ..lm.local import load_policy
 
 # %% ../../nbs/train/curate.ipynb #cell-6
@@ -393,14 +394,19 @@ def learn(
     both, state, begin = Both(optimizers(model, recipe["lr"], recipe["muon_lr"])), run.path/"state.safetensors", 0
     if state.exists(): begin = load_state(state, model, both)
     run.rewind(begin)
-    for step in range(begin, recipe["steps"]):
-        ids, mask, attention = pad_batch([rows[i] for i in batch_at([len(r[0]) for r in rows], step, recipe["batch"], seed)], pad)
-        nll = masked_nll(model, ids, mask, attention)
-        (nll/(len(ids)*per)).backward()
-        both.step(schedule(step, recipe["steps"]))
-        run.log(step=step, nats=nll.item()/mask.sum().item())
-        if tell and step % 20 == 19: tell(step, run.rows()[-1]["nats"])
-        if (step + 1) % recipe["save_every"] == 0 or step + 1 == recipe["steps"]: save_state(state, model, both, step + 1)
+    with open_tape(run.path) as tape:
+        for step in tape.steps(range(begin, recipe["steps"]), lambda row: run.log(**row)):
+            some = [rows[i] for i in batch_at([len(r[0]) for r in rows], step, recipe["batch"], seed)]
+            ids, mask, attention = pad_batch(some, pad)
+            nll = masked_nll(model, ids, mask, attention)
+            (nll/(len(ids)*per)).backward()
+            note_lesson(tape, [r[0] for r in some], model, rate := schedule(step, recipe["steps"]))
+            both.step(rate)
+            row = dict(step=step, nats=nll.item()/mask.sum().item())
+            tape.end(row)
+            run.log(**row)
+            if tell and step % 20 == 19: tell(step, row["nats"])
+            if (step + 1) % recipe["save_every"] == 0 or step + 1 == recipe["steps"]: save_state(state, model, both, step + 1)
 
 # %% ../../nbs/train/curate.ipynb #cell-79
 def sft_step(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['group_advantage', 'clip_stats', 'policy_loss', 'sample_tokens', 'Rollout', 'pad_id', 'encode_prompts', 'positions',
-           'between', 'repeat_cache', 'Decoder', 'plain_qwen3', 'Qwen3Decoder', 'trim', 'rollout', 'body_and_head',
-           'answer_logps', 'GRPOConfig', 'mean_stats', 'update', 'describe', 'grade', 'grpo_step', 'save_state',
-           'load_state', 'train']
+           'between', 'repeat_cache', 'Decoder', 'plain_qwen3', 'Qwen3Decoder', 'trim', 'as_batch', 'sample_answers',
+           'rollout', 'told_logps', 'body_and_head', 'answer_logps', 'GRPOConfig', 'mean_stats', 'note_logps', 'update',
+           'describe', 'grade', 'grpo_step', 'save_state', 'load_state', 'tasks_at', 'train']
 
 # %% ../../nbs/train/grpo.ipynb #cell-4
 import random
@@ -24,6 +24,7 @@ from ..core.step import Step
 from ..lm.local import end_ids, turn_tail
 from ..rubrics.reference import wanted
 from .rewards import as_rubric, guarded, name_of
+from .tape import now, open_tape, pack, unpack
 
 # %% ../../nbs/train/grpo.ipynb #cell-6
 def group_advantage(
@@ -260,6 +261,47 @@ def trim(
     length = torch.where(at_end.any(1), at_end.int().argmax(1) + 1, T)
     return (torch.arange(T, device=ids.device) < length[:, None]).long(), at_end.any(1)
 
+# %% ../../nbs/train/grpo.ipynb #tape-1
+def as_batch(
+    rows: list,           # B lists of numbers
+    width: int,           # T
+    like: torch.Tensor,   # of the device
+    fill,                 # what stands behind a row's end; its type is the batch's
+) -> torch.Tensor:        # (B, T)
+    "Rows of unequal length as one tensor, cut and filled to the width."
+    out = np.full((len(rows), width), fill)
+    for o, r in zip(out, rows): o[:min(len(r), width)] = r[:width]
+    return torch.from_numpy(out).to(like.device)
+
+# %% ../../nbs/train/grpo.ipynb #tape-3
+@torch.no_grad()
+def sample_answers(
+    model, prompt, pmask, # a causal language model; ids and mask (N, P), as `encode_prompts` gives them
+    ends: list, pad: int, # the end tokens; what fills a row
+    u: torch.Tensor,      # (T, B) uniform in [0, 1): one for each token
+    temperature: float,   # of the softmax
+    told=None,            # (B, T) ids to go on with, in place of those that are drawn
+) -> tuple:               # ids, and what was drawn: (B, T) each, the same unless `told`
+    "The loop over tokens."
+    (max_new, B), rows = u.shape, torch.arange(u.shape[1], device=prompt.device)   # the answers still in the batch
+    owner, over = rows//(B//len(prompt)), torch.zeros(B, dtype=torch.bool, device=prompt.device)
+    first = model(prompt, attention_mask=pmask, position_ids=positions(pmask), use_cache=True, logits_to_keep=1)
+    kind = Qwen3Decoder if plain_qwen3(model) else Decoder
+    decode = kind(model, first.past_key_values, owner, pmask, prompt.shape[1] + max_new)
+    logits, ids, end = first.logits[owner, -1], prompt.new_full((B, max_new), pad), prompt.new_tensor(ends)
+    drawn = ids if told is None else ids.clone()
+    for t in range(max_new):
+        token = sample_tokens(logits/temperature, u[t, rows]).masked_fill(over, pad)
+        drawn[rows, t] = token
+        if told is not None: ids[rows, t] = token = told[rows, t]
+        over = over | torch.isin(token, end)
+        if over.all() or t == max_new - 1: return ids, drawn
+        if over.sum() > len(over)//8:                         # let the finished ones go, several at once: it copies the cache
+            on = (~over).nonzero().squeeze(1)
+            rows, token, over = rows[on], token[on], over[on]
+            decode.keep(on)
+        logits = decode(token)
+
 # %% ../../nbs/train/grpo.ipynb #cell-44
 @torch.no_grad()
 def rollout(
@@ -270,29 +312,28 @@ def rollout(
     seed: int = 0,        # the same seed gives the same answers
     temperature: float = 1., # of the softmax; the loop trains at 1
 ) -> Rollout:             # on the model's device
-    "Sample `group` answers to each prompt."
-    device, pad, ends = model.device, pad_id(tokenizer), end_ids(model, tokenizer)
+    "Sample `group` answers to each prompt; a replay draws too, and goes on with the tokens of its record."
+    device, pad, ends, tape = model.device, pad_id(tokenizer), end_ids(model, tokenizer), now()
     prompt, pmask = encode_prompts(tokenizer, dialogues, device)
-    B = len(prompt)*group
-    u = torch.rand(max_new, B, generator=torch.Generator().manual_seed(seed)).to(device)
-    rows = torch.arange(B, device=device)                          # the answers still in the batch
-    owner, over = rows//group, torch.zeros(B, dtype=torch.bool, device=device)
-    first = model(prompt, attention_mask=pmask, position_ids=positions(pmask), use_cache=True, logits_to_keep=1)
-    kind = Qwen3Decoder if plain_qwen3(model) else Decoder
-    decode = kind(model, first.past_key_values, owner, pmask, prompt.shape[1] + max_new)
-    logits, ids, end = first.logits[owner, -1], prompt.new_full((B, max_new), pad), prompt.new_tensor(ends)
-    for t in range(max_new):
-        token = sample_tokens(logits/temperature, u[t, rows]).masked_fill(over, pad)
-        ids[rows, t], over = token, over | torch.isin(token, end)
-        if over.all() or t == max_new - 1: break
-        if over.sum() > len(over)//8:                         # let the finished ones go, several at once: it copies the cache
-            on = (~over).nonzero().squeeze(1)
-            rows, token, over = rows[on], token[on], over[on]
-            decode.keep(on)
-        logits = decode(token)
-    mask, ended = trim(ids := ids[:, :t + 1], ends)
+    u = torch.rand(max_new, len(prompt)*group, generator=torch.Generator().manual_seed(seed)).to(device)
+    ids = told = as_batch(unpack(old), max_new, prompt, pad) if (old := tape.take("answers")) else None
+    if told is None or not tape.late:
+        ids, drawn = sample_answers(model, prompt, pmask, ends, pad, u, temperature, told)
+        tape.note("answers", pack([i[:k].tolist() for i, k in zip(drawn, trim(ids, ends)[0].sum(1))]))
+    mask, ended = trim(ids, ends)
+    ids, mask = ids[:, :mask.sum(1).max()], mask[:, :mask.sum(1).max()]
     said = [i[:k].tolist() for i, k in zip(ids, mask.sum(1) - ended.long())]      # the end token is no word, special or not
     return Rollout(prompt, pmask, ids, mask, ended, tokenizer.batch_decode(said, skip_special_tokens=True))
+
+# %% ../../nbs/train/grpo.ipynb #tape-5
+def told_logps(
+    ro: Rollout,             # the answers of a replay's late step
+) -> tuple:                  # as `answer_logps`: those of the record, 0 where it has none; entropies 0
+    "What stands for `answer_logps` where the weights are not those of the record."
+    old, blank = now().take("logps"), torch.zeros(ro.ids.shape, device=ro.ids.device)
+    logps = as_batch(unpack(old), ro.ids.shape[1], blank, 0.).float() if old else blank
+    now().note("logps", old)
+    return logps.requires_grad_(), blank
 
 # %% ../../nbs/train/grpo.ipynb #cell-51
 def body_and_head(
@@ -305,7 +346,8 @@ def answer_logps(
     model, ro: Rollout,      # the policy as it is now, and the answers
     parts: int = 8,          # batches of like length
 ) -> tuple:                  # log-probabilities and entropies of the next-token distribution in nats, float32 (B, T), 0 on padding
-    "How likely the policy finds each token of the answers, with gradients."
+    "How likely the policy finds each token of the answers, with gradients; a replay's late step is told."
+    if now().late: return told_logps(ro)
     (body, head), n, start = body_and_head(model), ro.lengths, ro.prompt_mask.sum(1)
     steps = torch.arange(ro.ids.shape[1], device=ro.ids.device)
     owner = torch.arange(len(ro.ids), device=ro.ids.device)//ro.group
@@ -360,6 +402,16 @@ def mean_stats(
     values = {k: [s[k] for s in seen if s[k] is not None] for k in ("clipped_up", "clipped_down", "p_clipped", "ratio")}
     return {k: float(np.mean(v)) if v else None for k, v in values.items()}
 
+# %% ../../nbs/train/grpo.ipynb #tape-6
+def note_logps(
+    ro: Rollout,             # a batch of answers
+    logp,                    # (B, T) log-probabilities
+    updates: int,            # of the batch; with one alone the ratio is 1, and a late step needs none
+):
+    "For the tape: sums over each answer and, of several updates, every token's."
+    now().note("logp_sums", logp.sum(1).tolist())
+    if updates > 1 and not now().late: now().note("logps", pack([l[:k].tolist() for l, k in zip(logp.cpu(), ro.lengths)], "<f4"))
+
 # %% ../../nbs/train/grpo.ipynb #cell-58
 def update(
     model, optimizer,          # changed in place
@@ -373,6 +425,7 @@ def update(
     for _ in range(cfg.updates):
         logp, entropy = answer_logps(model, ro)
         old = logp.detach() if old is None else old
+        note_logps(ro, logp.detach(), cfg.updates)
         loss, stats = policy_loss(logp, old, advantage, mask, cfg.l_max, cfg.eps_low, cfg.eps_high)
         seen.append(stats)
         optimizer.zero_grad()
@@ -432,6 +485,8 @@ def grpo_step(
     scores, bonus = grade(rewards, rows, ro, cfg.patience)
     if not np.isfinite(scores + bonus).any(): raise UserError(f"no reward of this step is known: {', '.join(map(name_of, rewards))} gave None or nan for all {scores.size} answers; nothing can be learned from them")
     advantage = group_advantage(torch.tensor(scores + bonus, dtype=torch.float32), cfg.scale).flatten()
+    for k, v in dict(scores=scores, bonus=bonus, advantage=advantage, rate=optimizer.param_groups[0]["lr"]).items():
+        now().note(k, np.asarray(v).tolist())
     rubrics = [as_rubric(r["rubric"]) for r in rows] if "rubric" in rows[0] else None
     return describe(ro, scores, bonus, rubrics) | update(model, optimizer, ro, advantage, cfg)
 
@@ -461,6 +516,19 @@ def load_state(
     optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))
     with safe_open(path, "pt") as f: return int(f.metadata()["step"])
 
+# %% ../../nbs/train/grpo.ipynb #tape-8
+def tasks_at(
+    tasks,                # as for `train`
+    cfg: GRPOConfig,      # prompts, seed
+    step: int,            # of the run
+) -> list[dict]:
+    "The tasks of a step. Those that the policy itself has led to stand on the tape."
+    if not callable(tasks): return random.Random(f"{cfg.seed}/{step}").sample(tasks, cfg.prompts)
+    told = now().take("rows")
+    rows = told if now().late and told else tasks(step)
+    now().note("rows", [r | dict(rubric=as_rubric(r["rubric"]).to_dict()) if "rubric" in r else r for r in rows])
+    return rows
+
 # %% ../../nbs/train/grpo.ipynb #cell-68
 def train(
     model, tokenizer,     # the policy, trained in place
@@ -476,12 +544,17 @@ def train(
     state, start = run.path/"state.safetensors", 0
     if state.exists(): start = load_state(state, model, optimizer)
     run.rewind(start)
-    for step in range(start, cfg.steps):
-        rows = tasks(step) if callable(tasks) else random.Random(f"{cfg.seed}/{step}").sample(tasks, cfg.prompts)
-        row = dict(step=step) | grpo_step(model, tokenizer, optimizer, rows, rewards, cfg, seed=cfg.seed*1_000_003 + step)
-        whole = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
-        if probe and whole: row |= probe()
+    def keep(row):
+        "Log it, and tell whoever listens."
         run.log(**row)
         if tell: tell(row)
-        if whole: save_state(state, model, optimizer, step + 1)
+    with open_tape(run.path) as tape:
+        for step in tape.steps(range(start, cfg.steps), keep):
+            rows = tasks_at(tasks, cfg, step)
+            row = dict(step=step) | grpo_step(model, tokenizer, optimizer, rows, rewards, cfg, seed=cfg.seed*1_000_003 + step)
+            whole = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
+            if probe and whole: row |= probe()
+            tape.end(row)
+            keep(row)
+            if whole: save_state(state, model, optimizer, step + 1)
     return run.rows()

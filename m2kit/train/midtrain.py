@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'MID', 'kl_to', 'masked_kl', 'prompts_of', 'finish', 'probes', 'step_rows', 'midtrain_loss', 'Both',
-           'mid_settings', 'mid_step', 'midtrain_stage']
+           'note_lesson', 'mid_settings', 'mid_step', 'midtrain_stage']
 
 # %% ../../nbs/train/midtrain.ipynb #cell-4
 import random
@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from ..clinic.synthesize import draw_case, opening
 from ..core.errors import UserError, choose
+from ..core.run import fingerprint
 from ..core.step import Step, made
 from ..lm.local import load_policy, save_checkpoint
 from .corpus import (
     general_facts, held_out, math_facts, medical_facts, mix, say, small_talk, taught, wordings)
 from .grpo import load_state, save_state
 from .sft import encode_dialogue, masked_nll, optimizers, pad_batch, schedule
+from .tape import open_tape
 
 # %% ../../nbs/train/midtrain.ipynb #cell-8
 def kl_to(
@@ -145,6 +147,19 @@ class Both:
             for g in o.param_groups: g["lr"] = g.setdefault("peak", g["lr"])*factor
             o.step(); o.zero_grad()
 
+# %% ../../nbs/train/midtrain.ipynb #tape-2
+def note_lesson(
+    tape,          # of the training
+    rows: list,    # lists of token ids: what the step learns from
+    model,         # with gradients
+    rate: float,   # share of the peak learning rates
+):
+    "What a step of supervised training leaves on the tape; all its rows in a hash."
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    tape.note("lesson", fingerprint([list(r) for r in rows]))
+    tape.note("rate", rate)
+    if not tape.late: tape.note("grad_norm", torch.stack([g.norm() for g in grads]).norm().item())
+
 # %% ../../nbs/train/midtrain.ipynb #cell-29
 MID = dict(steps=300, batch=15, lr=6e-3, muon_lr=.02, beta=1., replay=False, save_every=50)
 
@@ -153,13 +168,18 @@ def _go(model, tokenizer, ref, cfg, run, tell):
     both, state, start = Both(optimizers(model, cfg["lr"], cfg["muon_lr"])), run.path/"state.safetensors", 0
     if state.exists(): start = load_state(state, model, both)
     run.rewind(start)
-    for step in range(start, cfg["steps"]):
-        loss, said = midtrain_loss(model, ref, step_rows(tokenizer, cfg["seed"], step, cfg["batch"]), cfg["keep"], tokenizer.pad_token_id, cfg["beta"])
-        (loss/(cfg["batch"]*60)).backward()
-        both.step(schedule(step, cfg["steps"]))
-        run.log(step=step, **said)
-        if tell: tell(dict(step=step, **said))
-        if (step + 1) % cfg["save_every"] == 0 or step + 1 == cfg["steps"]: save_state(state, model, both, step + 1)
+    with open_tape(run.path) as tape:
+        for step in tape.steps(range(start, cfg["steps"]), lambda row: run.log(**row)):
+            rows = step_rows(tokenizer, cfg["seed"], step, cfg["batch"])
+            loss, said = midtrain_loss(model, ref, rows, cfg["keep"], tokenizer.pad_token_id, cfg["beta"])
+            (loss/(cfg["batch"]*60)).backward()
+            note_lesson(tape, [r.ids for r in rows], model, rate := schedule(step, cfg["steps"]))
+            both.step(rate)
+            row = dict(step=step, **said)
+            tape.end(row)
+            run.log(**row)
+            if tell: tell(row)
+            if (step + 1) % cfg["save_every"] == 0 or step + 1 == cfg["steps"]: save_state(state, model, both, step + 1)
 
 # %% ../../nbs/train/midtrain.ipynb #cell-31
 def mid_settings(

@@ -23,6 +23,7 @@ from ..rubrics.reference import ClauseGrader
 from .grpo import GRPOConfig, rollout, train
 from .multiturn import Finished, Fragments, SliceRubrics, TalkGrader, train_sessions
 from .rewards import LengthReward, RubricReward, diagnosis_reward, matched_coef
+from .tape import open_tape
 
 # %% ../../nbs/train/stages.ipynb #cell-6
 def check_start(
@@ -70,7 +71,9 @@ def rl_stage(
         if step.own is None:
             torch.set_num_threads(1)            # two threads are slower than one at this size
             model, tokenizer = load_policy(start)
-            learn(model, tokenizer, cfg, step, other, tell)
+            with open_tape(step.path) as tape:
+                tape.prepare()
+                learn(model, tokenizer, cfg, step, other, tell)
             save_checkpoint(model.eval(), tokenizer, step.path/"checkpoint")
             step.finish(steps=cfg.steps)
             (step.path/"state.safetensors").unlink(missing_ok=True)
