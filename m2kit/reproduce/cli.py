@@ -111,6 +111,9 @@ def main(
     try: return commands.main(argv, prog_name="m2kit", standalone_mode=False) or 0
     except click.UsageError as e: return wrong(f"{e.format_message()} (see {e.ctx.command_path if e.ctx else 'm2kit'} --help)")
     except (UserError, click.ClickException) as e: return wrong(str(e))
+    except OSError as e:                 # a full disk, a checkout that cannot be written to
+        if not (where := e.filename): raise
+        return wrong(f"{where}: {e.strerror}; name another place with --out, or set M2KIT_RUNS")
     except click.Abort: print("m2kit: interrupted; the same command goes on from here", file=sys.stderr); return 130
 
 # %% ../../nbs/reproduce/cli.ipynb #c19
@@ -524,9 +527,9 @@ CALLS = [
            help="Of the answers; by default 1."),
     option("--max-tokens", type=COUNT, metavar="N",
            help="Of the answers; by default 2048 (tiny models: 224)."),
-    option("--concurrency", type=COUNT, default=8, metavar="N",
-           help="Requests at a time to a server."),
-    option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120, metavar="S",
+    option("--concurrency", type=COUNT, metavar="N",
+           help="Requests at a time to a server; by default 64, and up to 256 while that helps."),
+    option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, metavar="S",
            help="Seconds for one request."),
     seed_option("the sample, the answers and the bootstrap"),
     option("--out", type=Output(folder=True), metavar="DIR",
@@ -590,9 +593,10 @@ def healthbench(**options):
 def typed_prompts(model, items, n, order, max_tokens, log, out):
     "Run the experiment and print its table."
     import json
+    from m2kit.evaluate.harness import to_stderr
     from m2kit.rubrics.typed import typed_prompts as run
     grader = Unopened(model, log, tell=training(model))
-    print(json.dumps(run(grader, out, items, n, order, max_tokens), indent=1))
+    print(json.dumps(run(grader, out, items, n, order, max_tokens, to_stderr), indent=1))
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #c64
