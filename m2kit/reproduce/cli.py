@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'main', 'names_of', 'shelf', 'evidence', 'steps', 'train', 'is_met', 'missing', 'cards', 'machine',
-           'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
-           'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
+           'option', 'main', 'names_of', 'shelf', 'evidence', 'steps', 'certified', 'train', 'is_met', 'missing',
+           'cards', 'machine', 'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in',
+           'pick_script', 'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
 
-# %% ../../nbs/reproduce/cli.ipynb #c3
+# %% ../../nbs/reproduce/cli.ipynb #cell-3
 import sys
 from pathlib import Path
 import click
 from ..core.errors import UserError, visible
 
-# %% ../../nbs/reproduce/cli.ipynb #c5
+# %% ../../nbs/reproduce/cli.ipynb #cell-5
 class Output(click.ParamType):
     "A file, or a folder, that a command will write: a line of error now if it cannot be written."
     name = "output"
@@ -33,7 +33,7 @@ class Output(click.ParamType):
         if there.is_file() and there != path: self.fail(f"{there} is a file, and no folder", param, ctx)
         return value
 
-# %% ../../nbs/reproduce/cli.ipynb #c7
+# %% ../../nbs/reproduce/cli.ipynb #cell-7
 class Spec(click.ParamType):
     "A model's spec, as `m2kit.lm.open` reads it, or one of a few other words."
     name = "spec"
@@ -53,11 +53,11 @@ class Spec(click.ParamType):
             self.fail(f"{where} is no checkpoint: it has no config.json; give a folder that save_pretrained wrote{known}", param, ctx)
         return value
 
-# %% ../../nbs/reproduce/cli.ipynb #c9
+# %% ../../nbs/reproduce/cli.ipynb #cell-9
 FILE = click.Path(exists=True, dir_okay=False)   # one that is read
 COUNT = click.IntRange(min=1)
 
-# %% ../../nbs/reproduce/cli.ipynb #c11
+# %% ../../nbs/reproduce/cli.ipynb #cell-11
 class Command(click.Command):
     "A command whose help ends with examples to type."
     def format_epilog(self, ctx, formatter):
@@ -80,7 +80,7 @@ def commands(ctx, version):
     if version: click.echo(f"m2kit {__version__}"); ctx.exit()
     if not ctx.invoked_subcommand: click.echo(ctx.get_help())
 
-# %% ../../nbs/reproduce/cli.ipynb #c13
+# %% ../../nbs/reproduce/cli.ipynb #cell-13
 def command(
     help: str,      # one line for the list of commands
     examples: str,  # what to type, one a line, with what it does
@@ -102,7 +102,7 @@ def option(
     "`click.option` that shows its default."
     return click.option(*flags, **{"show_default": True} | settings)
 
-# %% ../../nbs/reproduce/cli.ipynb #c15
+# %% ../../nbs/reproduce/cli.ipynb #cell-15
 def main(
     argv=None, # the words after `m2kit`; those of the command line by default
 ) -> int:
@@ -116,7 +116,7 @@ def main(
         return wrong(f"{where}: {e.strerror}; name another place with --out, or set M2KIT_RUNS")
     except click.Abort: print("m2kit: interrupted; the same command goes on from here", file=sys.stderr); return 130
 
-# %% ../../nbs/reproduce/cli.ipynb #c19
+# %% ../../nbs/reproduce/cli.ipynb #cell-19
 SCALE = option("--scale", default="tiny", metavar="NAME",
                help="How big: tiny (two CPU cores), gpu (one card), paper (a cluster).")
 
@@ -129,7 +129,7 @@ def names_of(
         raise UserError("--only: no name given; e.g. --only fig05,table2")
     return found
 
-# %% ../../nbs/reproduce/cli.ipynb #c21
+# %% ../../nbs/reproduce/cli.ipynb #cell-21
 @command("Run the book: chapters, exhibits, ledger, report.", """
     m2kit reproduce                         everything; after a kill, the same again goes on from there
     m2kit reproduce --only fig05,table2     two exhibits; `m2kit exhibits` lists them
@@ -157,7 +157,7 @@ def reproduce(scale, only, jobs, fresh, full, sets, out):
     mode = "none" if full else "stale"
     return run(names_of(only), scale, jobs, fresh, sets, out and Path(out).resolve(), mode=mode)
 
-# %% ../../nbs/reproduce/cli.ipynb #c23
+# %% ../../nbs/reproduce/cli.ipynb #cell-23
 def shelf(
     figures,    # the folder of figures
     failed=(),  # names of exhibits whose last run failed
@@ -176,7 +176,7 @@ def shelf(
         rows.append((n, nb.label, "failed" if n in failed else files, verdicts, nb.title))
     return rows
 
-# %% ../../nbs/reproduce/cli.ipynb #c24
+# %% ../../nbs/reproduce/cli.ipynb #cell-24
 @command("List the exhibits: what each is, what is on disk, what came out.", """
     m2kit exhibits                          those in figures/
     m2kit exhibits --out elsewhere          those in another folder""",
@@ -196,7 +196,7 @@ def exhibits(scale, out):
     print(counts_sentence(book_of(figures, bad)["counts"]))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #8bd34e99
+# %% ../../nbs/reproduce/cli.ipynb #cell-26
 @command("Compute what figures rest on, where it is missing or stale, and put it into data/evidence.", """
     m2kit evidence                          all of it: hours; the same again goes on after a kill
     m2kit evidence fig05 --seeds 8          one exhibit, with more seeds than its notebook names
@@ -224,17 +224,29 @@ def steps():
     print(*survey_text(survey()), sep="\n")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #228adf4e
+# %% ../../nbs/reproduce/cli.ipynb #cell-27
+def certified(names, certify_model):
+    "Say of each model whether the code beside it trains as the code that made it."
+    bad = 0
+    for n in names:
+        same = certify_model(n)
+        print(f"{n}: " + ("certified" if same else "stale: the first steps leave other weights; m2kit train --ship"), flush=True)
+        bad += not same
+    return 1 if bad else 0
+
 @command("Train a tiny model, or all of them.", """
     m2kit train doctor                      if it is not there yet
     m2kit train doctor --fresh              again, beside the one that is there: are the bytes the same?
     m2kit train --ship                      for maintainers: all of them into data/tiny, with their card""",
     click.argument("name", required=False, metavar="[NAME]"),
     option("--fresh", is_flag=True, show_default=False, help="Train it even if it is there."),
-    option("--ship", is_flag=True, show_default=False, help="Copy checkpoints, records and card into data/tiny."))
-def train(name, fresh, ship):
+    option("--ship", is_flag=True, show_default=False, help="Copy checkpoints, records and card into data/tiny."),
+    option("--certify", is_flag=True, show_default=False,
+           help="Hold changed code against what made the shipped ones, by the first steps of their trainings."))
+def train(name, fresh, ship, certify):
     "Train, and say where."
-    from m2kit.reproduce.evidence import ship_models, tiny_names, train_tiny
+    from m2kit.reproduce.evidence import certify_model, ship_models, tiny_names, train_tiny
+    if certify: return certified([name] if name else tiny_names(), certify_model)
     if ship: print(ship_models([name] if name else None)); return 0
     for n in [name] if name else tiny_names():
         tell = lambda step, *rest: step % 20 == 19 and print(f"\r{n}: step {step + 1} ", end="", file=sys.stderr, flush=True)
@@ -242,7 +254,7 @@ def train(name, fresh, ship):
         print(f"{n}: {path}" + {None: "", True: ", the same bytes", False: ", other bytes"}[same])
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c26
+# %% ../../nbs/reproduce/cli.ipynb #cell-29
 def is_met(
     requirement, # a `packaging` requirement
 ) -> bool:
@@ -264,7 +276,7 @@ def missing(
     more = [r for r in wanted if r not in base and r.marker.evaluate(dict(extra=extra))]
     return [f"{r.name}{r.specifier}" for r in (more if extra else base) if not is_met(r)]
 
-# %% ../../nbs/reproduce/cli.ipynb #c28
+# %% ../../nbs/reproduce/cli.ipynb #cell-31
 def cards() -> list: # (name, GB) of each
     "The CUDA cards that torch can see; none without torch."
     try: import torch
@@ -282,7 +294,7 @@ def machine() -> dict: # python, cores, memory (GB), disk (GB free), git, cuda (
     return dict(python=platform.python_version(), cores=cores(), memory=memory/2**30, disk=disk/2**30,
                 git=shutil.which("git"), cuda=cards())
 
-# %% ../../nbs/reproduce/cli.ipynb #c31
+# %% ../../nbs/reproduce/cli.ipynb #cell-34
 def lacks_anywhere(
     have: dict,        # what `machine` gives
     packages=missing,  # extra -> requirements that are not met
@@ -313,7 +325,7 @@ def lacks(
         found.append(f"{len(cards)} cards: a cluster is needed, on which this command cannot look around")
     return found
 
-# %% ../../nbs/reproduce/cli.ipynb #c33
+# %% ../../nbs/reproduce/cli.ipynb #cell-36
 EXTRAS = ("train", "gpu", "fhir", "dev")
 
 def surroundings_text(
@@ -330,7 +342,7 @@ def surroundings_text(
         lines.append(f"  extra [{extra}]: {way if lost else 'installed'}")
     return lines
 
-# %% ../../nbs/reproduce/cli.ipynb #c34
+# %% ../../nbs/reproduce/cli.ipynb #cell-37
 @command("Look at this machine: what each scale needs and what is missing.", """
     m2kit doctor                                      exit status 0 when the scale tiny can run
     m2kit doctor --scale gpu                          exit status 0 when the scale gpu can run
@@ -357,7 +369,7 @@ def doctor(scale, serve, card):
         for f in faults[s.name]: print(f"      - {f}")
     return 1 if faults[scale] else 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c36
+# %% ../../nbs/reproduce/cli.ipynb #cell-39
 def file_kind(
     path, # JSON or JSON lines; for FHIR also the folder of a bulk export
 ) -> str: # "healthbench", "rubrics", or a kind of case: see `m2kit.clinic.importers.MARKS`
@@ -372,7 +384,7 @@ def file_kind(
     if kind: return kind
     raise UserError(f"{path}: none of the files that the kit reads; they have one of the keys {', '.join(marks.values())}")
 
-# %% ../../nbs/reproduce/cli.ipynb #c37
+# %% ../../nbs/reproduce/cli.ipynb #cell-40
 def read_file(
     path,                        # of a kind that `file_kind` knows
 ) -> tuple[str, int, list]:      # its kind, how many things are in it, lines about what was left out
@@ -388,7 +400,7 @@ def read_file(
     for _, r in cases: report.merge(r)
     return kind, len(cases), report.lines() if report.left_out or report.notes else []
 
-# %% ../../nbs/reproduce/cli.ipynb #c38
+# %% ../../nbs/reproduce/cli.ipynb #cell-41
 @command("Read cases, rubrics or benchmark rows, and say what is in them or what is wrong.", """
     m2kit check case.json rubrics.jsonl          a case of the kit's own; rubrics, one a line
     m2kit check agentclinic.jsonl bundle.json    AgentClinic's exam cases; a FHIR R4 bundle (extra [fhir])
@@ -405,7 +417,7 @@ def check(files):
         print(visible(f"{path}: {kind}, {n} read" + ("" if notes else ", all well")), *notes, sep="\n  ")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c40
+# %% ../../nbs/reproduce/cli.ipynb #cell-43
 @command("Score the verdicts recorded in HealthBench rows.", """
     m2kit score graded.jsonl                overall, per theme, per axis; standard errors by bootstrap""",
     click.argument("file", metavar="FILE"),
@@ -418,7 +430,7 @@ def score(file, seed):
     print(json.dumps(aggregate(rows, seed=seed), indent=1))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c44
+# %% ../../nbs/reproduce/cli.ipynb #cell-47
 def cases_in(
     path,        # a file with cases
 ) -> list:       # of `Case`
@@ -444,7 +456,7 @@ def pick_script(
     if 1 <= number <= len(cases): return Script.of(cases[number - 1], seed)
     raise UserError(f"{path} has {len(cases)} case{'s'*(len(cases) != 1)}; --number goes from 1 to {len(cases)}")
 
-# %% ../../nbs/reproduce/cli.ipynb #c47
+# %% ../../nbs/reproduce/cli.ipynb #cell-50
 def training(
     spec: str, # a model's
 ):             # a function of (step, nats per token)
@@ -453,7 +465,7 @@ def training(
         print(f"\rtraining {spec}, once: step {step + 1}, {nats:.2f} nats a token ", end="", file=sys.stderr, flush=True)
     return tell
 
-# %% ../../nbs/reproduce/cli.ipynb #c50
+# %% ../../nbs/reproduce/cli.ipynb #cell-53
 class Unopened:
     "A model that is loaded when it is first used."
     def __init__(self,
@@ -471,7 +483,7 @@ class Unopened:
         if name.startswith("_"): raise AttributeError(name)
         return getattr(self._open(), name)
 
-# %% ../../nbs/reproduce/cli.ipynb #c53
+# %% ../../nbs/reproduce/cli.ipynb #cell-56
 LOG = option("--log", type=Output(), metavar="FILE",
              help="Record every call to a model there; calls found there are not made again.")
 
@@ -481,7 +493,7 @@ def seed_option(
     "The option `--seed`."
     return option("--seed", type=int, default=0, metavar="N", help=f"Of {of}.")
 
-# %% ../../nbs/reproduce/cli.ipynb #c54
+# %% ../../nbs/reproduce/cli.ipynb #cell-57
 @command("Be the doctor of a simulated patient, and watch gate, reply, checker and scores.", """
     m2kit consult                               a synthetic patient and the tiny models
     m2kit consult --condition gout --seed 3     another patient
@@ -517,7 +529,7 @@ def consult(case, number, condition, seed, model, checker, judge, save, log):
     talk(consultation)
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c56
+# %% ../../nbs/reproduce/cli.ipynb #cell-59
 def answer_sampling(
     model,         # the spec of who answers
     temperature,   # None: 1
@@ -530,7 +542,7 @@ def answer_sampling(
     room = 224 if str(model).startswith("tiny:") else 2048
     return Sampling(temperature=1.0 if temperature is None else temperature, max_tokens=max_tokens or room, seed=seed)
 
-# %% ../../nbs/reproduce/cli.ipynb #c58
+# %% ../../nbs/reproduce/cli.ipynb #cell-61
 WHO = [
     option("--model", type=Spec("recorded"), metavar="SPEC",
            help="Who answers: tiny:doctor, a checkpoint folder, http://HOST:PORT/v1#NAME, "
@@ -558,7 +570,7 @@ ROWS = [
     option("--repeats", type=COUNT, default=1, metavar="K",
            help="K answers of the model to each conversation: mean and spread.")]
 
-# %% ../../nbs/reproduce/cli.ipynb #c59
+# %% ../../nbs/reproduce/cli.ipynb #cell-62
 GRADING = [
     option("--order", type=click.Choice(["printed", "shared"]), default="printed",
            help="Of the grader's question: the paper's, or the type behind the conversation "
@@ -586,7 +598,7 @@ CALLS = [
            help="The run's folder; by default one under runs/healthbench."),
     option("--no-pages", is_flag=True, show_default=False, help="Write no HTML.")]
 
-# %% ../../nbs/reproduce/cli.ipynb #c60
+# %% ../../nbs/reproduce/cli.ipynb #cell-63
 def run_benchmark(
     o,           # the options of `m2kit healthbench`, by name
 ) -> tuple:      # the result, and its text
@@ -604,7 +616,7 @@ def run_benchmark(
         sampling=sampling, pages=not o.no_pages, lenient=o.lenient, **common)
     return r, as_text(r)
 
-# %% ../../nbs/reproduce/cli.ipynb #c61
+# %% ../../nbs/reproduce/cli.ipynb #cell-64
 @command("Run HealthBench, or rows of its format: answer, grade, score.", """
     m2kit healthbench --model tiny:doctor --grader clauses --rows clinic:40 --repeats 3     all of it here, in a minute
     m2kit healthbench --model URL#NAME --grader URL#NAME --fetch --subset hard --limit 100  --fetch downloads the file once
@@ -625,7 +637,7 @@ def healthbench(**options):
     print(f"in {run['folder']}, {run['seconds']:.0f} s, {run['asked']} calls made and {run['found']} found on record")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c62
+# %% ../../nbs/reproduce/cli.ipynb #cell-65
 @command("Compare the grader's two typed questions with a single one, on answers with known labels.", """
     m2kit typed-prompts --model http://localhost:8000/v1#Qwen3-32B --out typed.json
     m2kit typed-prompts --model SPEC --items labelled.jsonl      answers of your own, labelled""",
@@ -649,7 +661,7 @@ def typed_prompts(model, items, n, order, max_tokens, log, out):
     print(json.dumps(run(grader, out, items, n, order, max_tokens, to_stderr), indent=1))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c64
+# %% ../../nbs/reproduce/cli.ipynb #cell-67
 @command("Write a rubric for every source in a file.", """
     m2kit rubrics --model http://localhost:8000/v1#Qwen3-32B --sources sources.jsonl --out rubrics.jsonl --constrain
     m2kit rubrics --model tiny:generator --sources sources.jsonl --out rubrics.jsonl --max-tokens 220""",
@@ -676,7 +688,7 @@ def rubrics(model, sources, out, constrain, max_tokens, retries, log):
     print(f"{written} rubrics in {out}; {len(failures)} sources without one")
     return 1 if failures else 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c65
+# %% ../../nbs/reproduce/cli.ipynb #cell-68
 @command("Compare generated rubrics with experts': dimensions, points, weights, uniformity.", """
     m2kit agreement --generated rubrics.jsonl --experts experts.jsonl --referee http://localhost:8000/v1#Qwen3-32B""",
     option("--generated", type=FILE, metavar="FILE", required=True, help="Rubrics, one a line."),
@@ -694,7 +706,7 @@ def agreement(generated, experts, referee, log, seed):
     print(json.dumps(agreement_file(generated, experts, model, seed), indent=1))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c67
+# %% ../../nbs/reproduce/cli.ipynb #cell-70
 @command("Raise the tiny doctor: mid-training, SFT and three stages of RL, with the score after each.", """
     m2kit ladder                                every stage, in about six minutes on one core; what is finished is found again
     m2kit ladder --stages base,midtrain,sft,rule               some of them, in any order that has a start
@@ -714,7 +726,7 @@ def ladder(stages, start, seed, no_scores):
         print(f"{r['stage']:10}{r['cpu']:6.0f} s{scores}  {r['path']}")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c68
+# %% ../../nbs/reproduce/cli.ipynb #cell-71
 @command("Compare two policies on five dimensions, in both orders.", """
     m2kit pairwise tiny:doctor runs/rubric-xxxx/checkpoint --judge oracle                  the clinic's knowledge judges
     m2kit pairwise URL#new URL#old --judge URL#judge --rows cases.jsonl --out runs/pairs   rows with id and prompt (messages)""",
@@ -745,7 +757,7 @@ def pairwise(first, second, judge, rows, n, max_tokens, seed, out):
     print(compared.table().to_string())
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #c69
+# %% ../../nbs/reproduce/cli.ipynb #cell-72
 @command("Write the recipes for many cards: accelerate, FSDP, DeepSpeed, TRL, verl.", """
     m2kit recipes --out recipes --cards 32 --model Qwen/Qwen2.5-32B""",
     option("--out", type=Output(folder=True), default="recipes", metavar="DIR", help="Where to."),
