@@ -1,5 +1,5 @@
 """The HealthBench run where a chapter cannot show it: real rows against the reference, a server with every fault, kill -9 at twenty points, five thousand rows. No row is ever printed (they carry a canary)."""
-import json, os, random, re, subprocess, sys, threading
+import base64, json, os, random, re, subprocess, sys, threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -272,6 +272,68 @@ def test_killed_at_twenty_random_points_it_resumes_to_the_same_result(tmp_path):
     assert all(r["same"] for r in ended)
     assert all(r["asked_again"] == r["of"] - r["calls"] for r in ended), ended                             # no call that was on record is made again
     assert len({r["calls"] for r in ended}) > 5 and any(0 < r["calls"] < r["of"] for r in ended)            # at different points, indeed
+
+SERVED = SPAWN.replace(next(l for l in SPAWN.splitlines() if l.startswith("def go(")), """
+from m2kit.lm.server import ServerModel
+def go(out):
+    models = [ServerModel(sys.argv[4], name, concurrency=16, retries=40, timeout=9, backoff=2e-5) for name in ("doctor", "grader")]
+    return run_healthbench(*models, rows, out=out, pages=False, bootstrap=50, tell=lambda t: None)
+""")
+
+def killed_beside_a_faulty_server(tmp_path, points):
+    "One run to its end, then runs of the same that are killed at random points; a fifth of all tries fails."
+    rows = write_clinic_rows(tmp_path/"rows.jsonl", 12)
+    with faulty(Clinic(12), {"429": .05, "500": .05, "torn": .05, "early": .05}) as s:
+        p = subprocess.run([sys.executable, "-c", SERVED, str(rows), str(tmp_path), str(points), s.url], capture_output=True, text=True, timeout=900)
+        assert p.returncode == 0, p.stderr[-2000:]
+        assert sum(s.injected.values()) > .1*sum(s.tries.values()) > 20
+    report = json.loads(p.stdout)
+    ended = [r for r in report if "same" in r]
+    assert len(report) == points and all(r["same"] for r in ended) and any(r["killed"] for r in report)
+    assert all(r["asked_again"] == r["of"] - r["calls"] for r in ended), ended
+    return ended
+
+def test_killed_beside_a_faulty_server(tmp_path): assert len(killed_beside_a_faulty_server(tmp_path, 3)) >= 2
+
+@pytest.mark.long
+def test_killed_at_twenty_points_beside_a_faulty_server(tmp_path): assert len(killed_beside_a_faulty_server(tmp_path, 20)) == 11
+
+# --- secrets
+
+@pytest.mark.parametrize("key", ["sk-secret-key-1\n", "  sk-secret-key-1 "])
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_nothing_of_a_key_is_in_any_file_of_a_run(tmp_path, key, status):
+    rows = write_clinic_rows(tmp_path/"rows.jsonl", 2)
+    class Echo(BaseHTTPRequestHandler):
+        "Sends all it was sent back: headers and address, as an answer, as a verdict's explanation, or as an error."
+        log_message = lambda *a: None
+        def do_POST(self):
+            model = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
+            said = json.dumps(dict(self.headers, path=self.path))
+            text = said if model == "doctor" else json.dumps(dict(explanation=said, acceptable=True) | dict(unacceptable=False))
+            bad = status != 200 and model == "grader"
+            body = json.dumps(dict(error=dict(message=said)) if bad else dict(choices=[dict(message=dict(content=text), finish_reason="stop")])).encode()
+            self.send_response(status if bad else 200)
+            self.send_header("X-Echo", self.headers["Authorization"])
+            self.send_header("Content-Length", str(len(body))); self.end_headers(); self.wfile.write(body)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    there = f"http://someone:pass-word-2@127.0.0.1:{server.server_port}/v1?token=query-token-3"
+    out, said = tmp_path/"out", ""
+    try: run_healthbench(f"{there}#doctor", f"{there}#grader", rows, out=out, **QUIET | dict(pages=True), options=dict(api_key=key, retries=0), grading=dict(retries=0))
+    except UserError as e: said = str(e)
+    finally: server.shutdown(); server.server_close()
+    assert (status == 200) == (not said) and (out/"run.json").exists() and any((out/"calls").iterdir())
+    written = said + "".join(p.read_text(encoding="utf-8") for p in out.rglob("*") if p.is_file())
+    assert "[secret]" in written
+    basic = base64.b64encode(b"someone:pass-word-2").decode()
+    for secret in ("secret-key-1", "pass-word-2", "query-token-3", basic): assert secret not in written, secret
+
+def test_a_key_that_cannot_be_one_is_not_shown(tmp_path):
+    rows = write_clinic_rows(tmp_path/"rows.jsonl", 1)
+    with pytest.raises(UserError, match="not shown") as e:
+        run_healthbench("http://127.0.0.1:9/v1#m", "clauses", rows, out=tmp_path/"out", **QUIET, options=dict(api_key="sk-secret key"))
+    assert "secret key" not in str(e.value) and not (tmp_path/"out").exists()                              # and no folder is left
 
 def test_a_folder_belongs_to_one_process_and_one_run(tmp_path):
     from filelock import FileLock

@@ -82,7 +82,7 @@ def test_nothing_unpickles_or_trusts_remote_code():
 # Rooms: who may import what. Each imports only from those to its right, and from itself.
 ROOMS = "reproduce service evaluate tiny infer train rubrics simulator knowledge clinic lm core".split()
 # Packages that a function may import when it is called: they take long to load, or come with an extra.
-HEAVY = set("torch transformers tokenizers safetensors numpy pandas matplotlib scipy IPython huggingface_hub papermill nbconvert nbformat ipywidgets rich jinja2 psutil openai "
+HEAVY = set("torch transformers PIL cycler httpx2 nbdev tokenizers safetensors numpy pandas matplotlib scipy IPython huggingface_hub papermill nbconvert nbformat ipywidgets rich jinja2 psutil openai "
             "packaging accelerate bitsandbytes compressed_tensors datasets fastapi fhir peft ray sklearn starlette trl unsloth uvicorn verl vllm yaml".split())
 LONG = 140      # characters of a line of code
 

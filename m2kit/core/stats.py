@@ -194,7 +194,11 @@ def gap_interval(
     **how,                   # seed, level, resamples, unit: as for `contrast_interval`
 ) -> Estimate:
     "The score of `rows` minus the score of `others`, in pairs."
-    return contrast_interval([rows, others], [1, -1], **how)
+    found, (a, b) = contrast_interval([rows, others], [1, -1], **how), map(_pairs, (rows, others))
+    shares = a.shape[1] == 1 and all((x[..., 0] >= 0).all() and (x[..., 0] <= x[..., 1]).all() for x in (a, b))
+    if not shares or any(found): return found
+    reach = wilson(0, max(1, int(a[..., 1].sum())))[2]               # not one case differs: as for a share of none
+    return Estimate(0, -reach, reach, found.n, found.unit, found.least)
 
 # %% ../../nbs/core/stats.ipynb #6be1c0e5
 def sign_test(
@@ -241,7 +245,7 @@ def around(
     threshold: float,  # the middle of it
     margin,            # None, a half width, or the two ends themselves, e.g. (0.8, 1.25) for a ratio
 ) -> tuple:            # (low, high)
-    "The region in which a difference does not matter."
+    "The region in which a difference would not matter."
     if margin is None: return threshold, threshold
     if np.ndim(margin): return tuple(map(float, margin))
     return threshold - margin, threshold + margin
@@ -316,7 +320,7 @@ def above(
     threshold: float = 0.,
     **more,                 # margin, paper, p: see `finding`
 ) -> Finding:
-    "The claim needs more than the threshold; `margin`: so much more, or it does not matter."
+    "The claim needs more than the threshold; `margin`: so much more, or it would not matter."
     return finding(what, estimate, "above", threshold, **more)
 
 def below(
@@ -325,7 +329,7 @@ def below(
     threshold: float = 0.,
     **more,                 # margin, paper, p: see `finding`
 ) -> Finding:
-    "The claim needs less than the threshold; `margin`: so much less, or it does not matter."
+    "The claim needs less than the threshold; `margin`: so much less, or it would not matter."
     return finding(what, estimate, "below", threshold, **more)
 
 # %% ../../nbs/core/stats.ipynb #791820be
@@ -385,7 +389,7 @@ def wanted(
     if f.direction == "equal":
         return f"equal to {limit}, within {number(f.margin)}" if f.margin else f"equal to {limit}"
     said = dict(above=f"above {limit}", below=f"below {limit}", apart=f"apart from {limit}")[f.direction]
-    said += f"; less than {number(f.margin)} from it does not matter" if f.margin is not None else ""
+    said += f"; less than {number(f.margin)} would not matter" if f.margin is not None else ""
     return said + ("; exact test p < 0.05" if f.p is not None else "")
 
 def over(

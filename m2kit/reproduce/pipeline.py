@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'parse', 'imported', 'assigned', 'saved', 'Notebook', 'read_text', 'read_notebook', 'notebooks', 'uses',
-           'needs', 'module_imports', 'sources', 'data_hash', 'made_of', 'State', 'outputs', 'finished', 'runnable',
-           'failure', 'execute', 'watch', 'child', 'surroundings', 'run_notebook', 'select', 'read_value', 'overrides',
-           'estimates', 'chains', 'Plan', 'span', 'screen', 'Progress', 'account', 'locked', 'made_here', 'start_fresh',
-           'note', 'Crew', 'carry_out', 'timetable', 'parameters_for', 'default_jobs', 'run_plan', 'failed', 'publish',
-           'conclude', 'reproduce']
+           'needs', 'keeping_code', 'code_of', 'made_of', 'forget', 'State', 'outputs', 'evidence_now', 'good_enough',
+           'finished', 'runnable', 'failure', 'execute', 'watch', 'child', 'surroundings', 'steps_asked',
+           'run_notebook', 'select', 'read_value', 'overrides', 'estimates', 'chains', 'Plan', 'span', 'screen',
+           'Progress', 'account', 'locked', 'made_here', 'start_fresh', 'note', 'Crew', 'carry_out', 'timetable',
+           'parameters_for', 'default_jobs', 'run_plan', 'failed', 'publish', 'conclude', 'reproduce']
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-4
 import ast, json, os, re, shutil, subprocess, sys, threading, time
@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
-from hashlib import sha256
 from pathlib import Path
 from filelock import FileLock, Timeout
-import m2kit
+from ..core.closure import KEEPING, closure_of_code, digest, forget_code, imports_of, package_dir
 from ..core.errors import UserError, choose
-from ..core.run import atomic_write, data_dir, fingerprint, root, runs_dir, versions
+from ..core.machine import cores
+from ..core.run import atomic_write, fingerprint, root, runs_dir, versions
+from ..core.step import asked, records
 from ..core.scale import get_scale
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-6
@@ -39,16 +40,11 @@ def parse(
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-7
 def imported(
     tree,            # a syntax tree
-    package="",      # the package it stands in, for relative imports: "m2kit.lm"
 ) -> set[str]:       # dotted names below m2kit: {"core.run", "core.run.root"}
     "All that `tree` may import from the kit, at any depth; names that are no module are sorted out later."
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import): names |= {a.name for a in node.names}
-        if isinstance(node, ast.ImportFrom):
-            up = package.split(".")[:1 - node.level or None] if node.level else []
-            base = ".".join([*up, *filter(None, [node.module])])
-            names |= {base} | {f"{base}.{a.name}" for a in node.names}
+    found = imports_of(tree, "").values()
+    names = {m for m, _ in found} | {f"{m}.{a}" for m, a in found if a}
+    names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     return {n.removeprefix("m2kit.") for n in names if n.startswith("m2kit.")}
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-10
@@ -85,7 +81,8 @@ class Notebook:
     built_on: frozenset       # those of them that its exported cells import; of an exhibit, all
     parameters: dict = field(hash=False)  # name -> default
     label: str = ""           # an exhibit's, where its call of `save_exhibit` says it
-    code: str = ""            # fingerprint of its code cells; prose and outputs do not count
+    source: str = ""          # its code cells in one, without comments
+    marks: str = ""           # its cells' tags and directives: they say what runs
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-14
 @cache
@@ -98,6 +95,7 @@ def read_text(
     cells = json.loads(text)["cells"]
     text = ["".join(c["source"]) for c in cells]
     code = [(t, c["metadata"].get("tags", [])) for t, c in zip(text, cells) if c["cell_type"] == "code"]
+    marks = [(re.findall(r"^\s*#\s*\|.*$", t, re.M), tags) for t, tags in code]
     tree = ast.Module([node for t, _ in code for node in parse(t).body], [])
     parameters = next((assigned(parse(t)) for t, tags in code if "parameters" in tags), {})
     heading = re.search(r"^# (.+)", "\n".join(t for t, c in zip(text, cells) if c["cell_type"] == "markdown"), re.M)
@@ -108,7 +106,7 @@ def read_text(
     imports, exports = frozenset(imported(tree)), [t for t, _ in code if re.match(r"#\s*\|\s*exports?\b", t)]
     built_on = frozenset().union(*map(imported, map(parse, exports))) if kind == "chapter" else imports
     return Notebook(name, path, kind, heading[1] if heading else name, imports, built_on, parameters,
-                    exhibit.get("label", ""), fingerprint(code))
+                    exhibit.get("label", ""), ast.unparse(tree), fingerprint(marks))
 
 def read_notebook(
     path,         # an .ipynb
@@ -158,46 +156,35 @@ def needs(
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-27
 @cache
-def module_imports(
-    name: str,          # "core.run"
-):                      # (hash of its source, names it imports); None when there is no such module
-    "One module of the installed package, by its source."
-    path = Path(m2kit.__file__).parent/(name.replace(".", "/") + ".py")
-    if not path.is_file(): return None
-    source = path.read_text(encoding="utf-8")
-    return sha256(source.encode()).hexdigest(), frozenset(imported(ast.parse(source), "m2kit." + name.rpartition(".")[0]))
+def keeping_code() -> str:
+    "The fingerprint of the modules that keep results, which no closure enters."
+    files = [package_dir()/f"{m.replace('.', '/')}.py" for m in sorted(KEEPING)]
+    return fingerprint([digest(ast.parse(f.read_text(encoding="utf-8"))) for f in files])
 
-def sources(
-    names,    # dotted names below m2kit
-) -> dict:    # module -> hash of its source
-    "The modules behind `names`, and behind those, with what they hold."
-    found, todo = {}, set(names)
-    while todo:
-        name = todo.pop()
-        if name in found or not (known := module_imports(name)): continue
-        found[name], more = known
-        todo |= more
-    return dict(sorted(found.items()))
-
-# %% ../../nbs/reproduce/pipeline.ipynb #cell-29
 @cache
-def data_hash() -> str: # over names and contents of all files below `data/`
-    "A fingerprint of the kit's data."
-    files = sorted(p for p in data_dir().rglob("*") if p.is_file())
-    return fingerprint([(p.relative_to(data_dir()).as_posix(), sha256(p.read_bytes()).hexdigest()) for p in files])
+def code_of(
+    source: str,      # of a notebook
+) -> str:
+    "The fingerprint of a notebook's code and of all that it can reach."
+    return fingerprint(closure_of_code(source).name, keeping_code())
 
 def made_of(
     nb: Notebook,     # as it is now
     parameters: dict, # those that it is run with
 ) -> str:
-    "The fingerprint of all that decides what `nb` gives."
-    return fingerprint(nb.code, sources(nb.imports), parameters, data_hash(), versions())
+    "The fingerprint of all that decides what `nb` gives, but for the evidence."
+    return fingerprint(code_of(nb.source), nb.marks, parameters, versions())
+
+def forget():
+    "Read the package and the data again: for a process that outlives an edit."
+    forget_code(); keeping_code.cache_clear(); code_of.cache_clear()
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-32
 @dataclass
 class State:
     "The folder in which a scale's pipeline keeps its stamps and executed notebooks."
     path: Path
+    mode: str = "stale"   # what evidence exhibits may draw from: see `core.step.evidence_mode`
 
     def file(self, nb, kind): return self.path/f"{nb.name if nb.kind == 'chapter' else 'exhibits/' + nb.name}.{kind}"
 
@@ -223,6 +210,21 @@ def outputs(
     "The files that an exhibit leaves; none for a chapter."
     return [Path(out)/f"{nb.name}.{kind}" for kind in ("png", "svg", "json")] if nb.kind == "exhibit" else []
 
+def evidence_now(
+    kinds,          # of steps
+) -> dict:          # kind -> the fingerprint of its evidence
+    "What the book keeps of some kinds of steps."
+    return {k: fingerprint(sorted(r["name"] for r in records(k))) for k in sorted(kinds)}
+
+def good_enough(
+    stamp: dict,    # of a notebook that ran well
+    mode: str,      # "fresh", "stale" or "none"
+) -> bool:
+    "Whether the steps that a notebook drew from would be taken again, and are what they were."
+    states = {s["standing"] for s in stamp.get("steps", [])}
+    if mode == "none" and stamp.get("mode") != "none" or mode == "fresh" and "stale" in states: return False
+    return stamp.get("evidence", {}) == evidence_now(stamp.get("evidence", {}))
+
 def finished(
     state: State,        # where stamps are kept
     nb: Notebook,        # a chapter or an exhibit
@@ -231,7 +233,8 @@ def finished(
 ) -> bool:
     "Whether `nb` ran well with all that makes it as it is now, and its files are there."
     stamp = state.stamp(nb)
-    return stamp.get("status") == "done" and stamp.get("made_of") == made_of(nb, parameters) and all(p.exists() for p in outputs(nb, out))
+    same = stamp.get("status") == "done" and stamp.get("made_of") == made_of(nb, parameters)
+    return same and good_enough(stamp, state.mode) and all(p.exists() for p in outputs(nb, out))
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-36
 def runnable(
@@ -297,10 +300,23 @@ def child():
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-44
 def surroundings(
     state: State,        # where stamps are kept
-    workers: int, # processes that the notebook may use
+    workers: int,        # processes that the notebook may use
+    nb: Notebook,        # a chapter or an exhibit
 ) -> dict:
-    "The environment in which a notebook runs."
-    return {**os.environ, "OMP_NUM_THREADS": "1", "M2KIT_JOBS": str(workers), "TOKENIZERS_PARALLELISM": "false", "IPYTHONDIR": str(state.path/"ipython"), "M2KIT_RUNS": str(runs_dir().resolve())}
+    "The environment in which a notebook runs. Chapters show what this code does: they draw from nothing stale."
+    mode = state.mode if nb.kind == "exhibit" or state.mode == "none" else "fresh"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "M2KIT_JOBS": str(workers),
+            "M2KIT_RUNS": str(runs_dir().resolve()), "IPYTHONDIR": str(state.path/"ipython"),
+            "M2KIT_EVIDENCE": mode, "M2KIT_STEPS_LOG": str(state.file(nb, "steps")), "M2KIT_WITHIN": ""}
+
+def steps_asked(
+    state: State,        # where stamps are kept
+    nb: Notebook,        # one that has run
+) -> dict:               # "steps", and the "evidence" of their kinds as it is; "mode"
+    "What a notebook asked for: for its stamp."
+    steps = asked(state.file(nb, "steps"))
+    told = [{k: s[k] for k in ("name", "kind", "standing", "why")} for s in steps]
+    return dict(steps=told, evidence=evidence_now({s["kind"] for s in steps}), mode=state.mode)
 
 def run_notebook(
     nb: Notebook,        # a chapter or an exhibit
@@ -311,18 +327,18 @@ def run_notebook(
 ) -> dict:                     # `execute`'s result, with "seconds"
     "Execute one notebook in a process of its own, and wait for it."
     begin, result, log = time.time(), state.file(nb, "result"), state.file(nb, "log")
-    log.parent.mkdir(parents=True, exist_ok=True); result.unlink(missing_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True); result.unlink(missing_ok=True); state.file(nb, "steps").unlink(missing_ok=True)
     job = dict(source=str(nb.path), executed=str(state.file(nb, "ipynb")), result=str(result), parameters=parameters)
     with open(log, "wb") as f:
         p = subprocess.Popen([sys.executable, "-c", "from m2kit.reproduce.pipeline import child; child()"], stdin=subprocess.PIPE, stdout=f, stderr=f,
-                             env=surroundings(state, workers), cwd=nb.path.parent, start_new_session=True)
+                             env=surroundings(state, workers, nb), cwd=nb.path.parent, start_new_session=True)
         started(p)
         try: p.stdin.write(json.dumps(job).encode() + b"\n"); p.stdin.flush()
         except BrokenPipeError: pass   # it died at once; its log says why
         p.wait()
     if result.exists(): told = json.loads(result.read_text()); result.unlink()
     else: told = dict(status="failed", cell=None, of=None, error=f"its process ended with status {p.returncode} ({'killed, perhaps for want of memory' if p.returncode == -9 else 'see the log'}): {log}")
-    return dict(told, began=round(begin, 1), seconds=round(time.time() - begin, 1))
+    return dict(told, began=round(begin, 1), seconds=round(time.time() - begin, 1), **steps_asked(state, nb))
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-49
 def select(
@@ -603,8 +619,7 @@ def parameters_for(
 def default_jobs() -> int:
     "As many as there are cores to use, and one for every GB of memory that is free."
     import psutil
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores, psutil.virtual_memory().available >> 30))
+    return max(1, min(cores(), psutil.virtual_memory().available >> 30))
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-86
 def run_plan(
@@ -668,15 +683,16 @@ def reproduce(
     out=None,            # the folder of figures; `figures/` by default
     nbs=None,            # the folder of notebooks; the book's own by default
     console=None,        # a rich console to tell it to
+    mode: str = "stale", # what exhibits may draw from: "stale" evidence too, "fresh" only, "none" at all
 ) -> int:                # 0, or 1 when a notebook failed
     "Run the book, or a part of it, and write the ledger and the report."
     begin, out = time.time(), (root()/(out or "figures")).resolve()
-    module_imports.cache_clear(); data_hash.cache_clear()
+    forget()
     books = select(notebooks(nbs), only, scale)
     given = overrides(sets, books)
     parameters = {n: parameters_for(nb, scale, out, given.get(n, {})) for n, nb in books.items()}
     if jobs is not None and jobs < 1: raise UserError(f"--jobs {jobs}: at least one")
-    state = State(runs_dir().resolve()/scale/"pipeline")
+    state = State(runs_dir().resolve()/scale/"pipeline", mode)
     with locked(state.path):
         if fresh: start_fresh(state, books, scale, everything=not only)
         plan = Plan(books, jobs or default_jobs(), estimates(books, state.seconds()))

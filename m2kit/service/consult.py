@@ -9,7 +9,7 @@ __all__ = ['HELP', 'Consultation', 'decisions', 'shown', 'hints', 'order', 'talk
 # %% ../../nbs/service/consult.ipynb #cell-3
 import sys
 from pathlib import Path
-from ..core.errors import UserError
+from ..core.errors import UserError, print_visible
 from ..core.stats import ratio_interval
 from ..simulator.fidelity import SCORES, counts, exchanges, leaks, oracle
 from ..simulator.patient import PatientSimulator, Transcript, TurnRecord, load_transcripts, save_transcripts
@@ -144,7 +144,7 @@ def farewell(
 def consult(
     consultation: Consultation,
     lines=None,                  # the doctor's turns; the keyboard by default
-    tell=print,                  # where lines go
+    tell=print_visible,          # where lines go
 ) -> Transcript:
     "A consultation in the terminal."
     m = consultation.script.case.medical

@@ -77,7 +77,7 @@ def tiny_base(
         model, rows = make_model(tokenizer, **sizes), base_rows(tokenizer, r["seed"], r["talk"])
         fit(model.train(), rows, r["steps"], r["batch"], tokenizer.pad_token_id, per=60., tell=tell)
         return model.eval(), tokenizer
-    return trained(Step("base", r, tiny_base, base=base), build, fresh=fresh)
+    return trained(Step("base", r, "m2kit.tiny.base:tiny_base", base=base), build, fresh=fresh)
 
 # %% ../../nbs/tiny/base.ipynb #cell-15
 PUPIL = dict(hidden=96, layers=2, ff=192, context=1024, steps=160, batch=16, seed=0)
@@ -111,4 +111,4 @@ def tiny_pupil(
         model, lessons = make_model(tokenizer, **sizes), pupil_lessons(tokenizer, r["seed"])
         fit(model.train(), lessons, r["steps"], r["batch"], tokenizer.pad_token_id, per=60., tell=tell)
         return model.eval(), tokenizer
-    return trained(Step("pupil", r, tiny_pupil, base=base), build, fresh=fresh)
+    return trained(Step("pupil", r, "m2kit.tiny.base:tiny_pupil", base=base), build, fresh=fresh)

@@ -46,7 +46,7 @@ def tiny_doctor(
         lessons = doctor_lessons(tokenizer, r["seed"])
         fit(model.train(), lessons, r["steps"], r["batch"], tokenizer.pad_token_id, tell=tell)
         return model.eval(), tokenizer
-    return trained(Step("doctor", r, tiny_doctor, base=base), build, fresh=fresh)
+    return trained(Step("doctor", r, "m2kit.tiny.doctor:tiny_doctor", base=base), build, fresh=fresh)
 
 # %% ../../nbs/tiny/doctor.ipynb #cell-15
 def examine(

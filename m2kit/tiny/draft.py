@@ -168,7 +168,7 @@ def tiny_draft(
         fit_draft(target, draft, lessons, r["steps"], r["ahead"], r["batch"], r["pull"], r["seed"], tell)
         return draft, target
     def save(draft, target, path): save_draft(draft.half(), path, copy.deepcopy(target).half())
-    step = Step("draft", r, tiny_draft, dict(target=made(doctor)), base)
+    step = Step("draft", r, "m2kit.tiny.draft:tiny_draft", dict(target=made(doctor)), base)
     return trained(step, build, save, fresh)
 
 # %% ../../nbs/tiny/draft.ipynb #cell-31

@@ -149,7 +149,7 @@ def tiny_generator(
         lessons = generator_lessons(tokenizer, r)
         fit(model.train(), lessons, r["steps"], r["batch"], tokenizer.pad_token_id, per=100., tell=tell)
         return model.eval(), tokenizer
-    return trained(Step("generator", r, tiny_generator, base=base), build, fresh=fresh)
+    return trained(Step("generator", r, "m2kit.tiny.generator:tiny_generator", base=base), build, fresh=fresh)
 
 GENERATOR_SAMPLING = Sampling(temperature=0, max_tokens=220)   # room for the longest rubric of the clinic; more would only wait for one that does not end
 

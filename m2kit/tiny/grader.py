@@ -230,7 +230,7 @@ def tiny_grader(
         model = _new_model(tokenizer, r)
         teach(model.train(), tokenizer, r, tell)
         return model.eval(), tokenizer
-    return trained(Step("grader", r, tiny_grader, base=base), build, fresh=fresh)
+    return trained(Step("grader", r, "m2kit.tiny.grader:tiny_grader", base=base), build, fresh=fresh)
 
 # %% ../../nbs/tiny/grader.ipynb #cell-37
 def kind_of(

@@ -154,4 +154,4 @@ def tiny_patient(
         fit(model.train(), lessons, r["steps"], r["batch"], tokenizer.pad_token_id,
             tell=tell, lr=r["lr"], muon_lr=r["muon_lr"])
         return model.eval(), tokenizer
-    return trained(Step("patient", r, tiny_patient, base=base), build, fresh=fresh)
+    return trained(Step("patient", r, "m2kit.tiny.patient:tiny_patient", base=base), build, fresh=fresh)

@@ -15,7 +15,7 @@ from ..clinic.knowledge import conditions
 from ..clinic.language import read_clauses
 from ..clinic.synthesize import draw_case, opening, plan
 from ..core.errors import UserError, choose
-from ..core.jobs import run_jobs, steps_of
+from ..core.jobs import run_steps, steps_of
 from ..core.step import Step, made
 from ..rubrics.reference import ClauseGrader
 from .grpo import GRPOConfig, answer_logps, grade, group_advantage, rollout, train
@@ -204,4 +204,7 @@ def train_arms(
     every: float = 20.,    # seconds between lines
 ) -> list[list[dict]]:     # metrics of each arm, in order
     "Train several arms; those that are finished already cost nothing."
-    return run_jobs("m2kit.train.experiments:train_arm", arms, workers, tell, every, steps_of([arm_step(**a) for a in arms]))
+    steps = [arm_step(**a) for a in arms]
+    options = dict(tell=tell, every=every, progress=steps_of(steps))
+    run_steps("m2kit.train.experiments:train_arm", arms, steps, workers, **options)
+    return [s.rows() for s in steps]

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['group_advantage', 'clip_stats', 'policy_loss', 'sample_tokens', 'Rollout', 'pad_id', 'encode_prompts', 'positions',
-           'between', 'repeat_cache', 'Decoder', 'plain_qwen3', 'Qwen3Decoder', 'trim', 'as_batch', 'sample_answers',
-           'rollout', 'told_logps', 'body_and_head', 'answer_logps', 'GRPOConfig', 'mean_stats', 'note_logps', 'update',
-           'describe', 'grade', 'grpo_step', 'save_state', 'load_state', 'tasks_at', 'train']
+           'between', 'repeat_cache', 'CacheDecoder', 'plain_qwen3', 'Qwen3Decoder', 'trim', 'as_batch',
+           'sample_answers', 'rollout', 'told_logps', 'body_and_head', 'answer_logps', 'GRPOConfig', 'mean_stats',
+           'note_logps', 'update', 'describe', 'grade', 'grpo_step', 'save_state', 'load_state', 'tasks_at', 'train']
 
 # %% ../../nbs/train/grpo.ipynb #cell-4
 import random
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 import numpy as np, torch
 from fastcore.basics import patch
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Cache, Qwen3ForCausalLM
 from ..clinic.language import PARTS, composition, read_clauses, words_by_part
 from ..core.errors import UserError
+from ..core.scale import get_scale
+from ..core.settings import Count, Positive, Share, settings
 from ..core.step import Step
 from ..lm.local import end_ids, turn_tail
 from ..rubrics.reference import wanted
@@ -155,7 +159,7 @@ def repeat_cache(
     return out
 
 # %% ../../nbs/train/grpo.ipynb #cell-34
-class Decoder:
+class CacheDecoder:
     "The decoding step of any causal language model."
     def __init__(self,
         model, cache: Cache,         # the model, and what it has read so far: one row a prompt
@@ -193,7 +197,7 @@ def plain_qwen3(
 class Qwen3Decoder:
     "The decoding step of a Qwen3 in plain torch."
     def __init__(self,
-        model, cache: Cache, rows, mask, # as for `Decoder`
+        model, cache: Cache, rows, mask, # as for `CacheDecoder`
         length: int,                     # of prompt and answer, at most: room for so much is taken
     ):
         c, room, P = model.config, length - mask.shape[1], mask.shape[1]
@@ -286,7 +290,7 @@ def sample_answers(
     (max_new, B), rows = u.shape, torch.arange(u.shape[1], device=prompt.device)   # the answers still in the batch
     owner, over = rows//(B//len(prompt)), torch.zeros(B, dtype=torch.bool, device=prompt.device)
     first = model(prompt, attention_mask=pmask, position_ids=positions(pmask), use_cache=True, logits_to_keep=1)
-    kind = Qwen3Decoder if plain_qwen3(model) else Decoder
+    kind = Qwen3Decoder if plain_qwen3(model) else CacheDecoder
     decode = kind(model, first.past_key_values, owner, pmask, prompt.shape[1] + max_new)
     logits, ids, end = first.logits[owner, -1], prompt.new_full((B, max_new), pad), prompt.new_tensor(ends)
     drawn = ids if told is None else ids.clone()
@@ -370,29 +374,25 @@ def answer_logps(
     return blank.index_put(where, torch.cat(logp)), blank.index_put(where, torch.cat(entropy))
 
 # %% ../../nbs/train/grpo.ipynb #cell-55
-@dataclass(frozen=True)
+_tiny = get_scale("tiny")
+
+@settings
 class GRPOConfig:
     "What the loop needs to know. The paper tells none of these sizes and rates."
-    prompts: int = 16        # questions a step
-    group: int = 8           # G
-    steps: int = 100
-    max_new: int = 192       # longest answer, in tokens
-    l_max: int | None = 192  # the constant of equation 2; None divides by the answer's own length
-    lr: float = 3e-4
-    eps_low: float = .2
-    eps_high: float = .28
-    updates: int = 1         # optimiser steps a batch
-    scale: bool = False      # divide the advantage by the deviation
-    clip_grad: float = 1.
+    prompts: Count = _tiny.prompts  # questions a step
+    group: Annotated[int, Field(ge=2, description="answers are compared within a group, so take 2 or more")] = _tiny.group # G
+    steps: Count = 100
+    max_new: Count = _tiny.max_new  # longest answer, in tokens
+    l_max: Count | None = _tiny.max_new # the constant of equation 2; None divides by the answer's own length
+    lr: Positive = 3e-4
+    eps_low: Share = .2
+    eps_high: Positive = .28
+    updates: Count = 1             # optimiser steps a batch
+    scale: bool = False            # divide the advantage by the deviation
+    clip_grad: Positive = 1.
     seed: int = 0
-    save_every: int = 20     # steps between checkpoints
-    patience: float = 600.   # seconds that one call of a reward may take
-
-    def __post_init__(self):
-        for k in ("prompts", "group", "steps", "max_new", "l_max", "lr", "updates", "save_every", "patience"):
-            if getattr(self, k) is not None and not getattr(self, k) > 0: raise UserError(f"GRPOConfig: {k} is {getattr(self, k)}; it must be above 0")
-        if self.group < 2: raise UserError(f"GRPOConfig: group is {self.group}; answers are compared within a group, so take 2 or more")
-        if not 0 < self.eps_low < 1: raise UserError(f"GRPOConfig: eps_low is {self.eps_low}; it lies between 0 and 1")
+    save_every: Count = 20         # steps between checkpoints
+    patience: Positive = 600.      # seconds that one call of a reward may take
 
 # %% ../../nbs/train/grpo.ipynb #cell-56
 def mean_stats(

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import numpy as np, torch
 from ..clinic.synthesize import Style, answer, draw_case, opening
 from ..core.errors import choose
-from ..core.jobs import run_jobs, steps_of
+from ..core.jobs import run_steps, steps_of
 from ..core.step import Step, made
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from .grpo import GRPOConfig, rollout, train
@@ -92,4 +92,6 @@ def train_length_arms(
 ) -> list[list[dict]]:     # metrics of each arm, in order
     "Train several arms; those that are finished already cost nothing."
     steps = [length_step(**a) for a in arms]
-    return run_jobs("m2kit.train.length:train_length_arm", arms, workers, tell, every, steps_of(steps))
+    options = dict(tell=tell, every=every, progress=steps_of(steps))
+    run_steps("m2kit.train.length:train_length_arm", arms, steps, workers, **options)
+    return [s.rows() for s in steps]

@@ -21,6 +21,7 @@ from ..core.errors import UserError
 from ..core.run import atomic_write, fingerprint, read_jsonl
 from ..core.step import Step
 from ..lm.chat import Sampling
+from ..lm.chat import answers_in
 from ..lm.local import end_ids
 from ..rubrics.experts import TALK, read_point, slice_points, with_lookups
 from ..rubrics.generate import Generator, Source, excerpt, from_case, from_dialogue, persona_text
@@ -59,7 +60,7 @@ class PolicyDoctor:
         ro = rollout(self.model, self.tokenizer, talks, 1, self.max_new, self.seed*1009 + self.round)
         self.round += 1
         for i, ids in zip(who, ro.completion_ids): self.said.setdefault(i, []).append(ids)
-        return [t.strip() or "..." for t in ro.texts]      # the patient hears silence
+        return [t.strip() or "..." for t in answers_in(ro.texts)]      # the patient hears the answer alone, or silence
 
     @property
     def tokens(self) -> int:

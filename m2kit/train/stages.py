@@ -17,7 +17,7 @@ from ..clinic.synthesize import complaint, draw_case, opening
 from ..core.errors import UserError, choose
 from ..core.run import atomic_write, read_jsonl
 from ..core.step import Step, made
-from ..lm.local import load_policy, save_checkpoint
+from ..lm.local import end_ids, load_policy, save_checkpoint
 from ..rubrics.generate import excerpt, from_question, persona_text
 from ..rubrics.reference import ClauseGrader
 from .grpo import GRPOConfig, rollout, train
@@ -127,7 +127,7 @@ def rule_stage(
         if not file.exists(): atomic_write(file, json.dumps(pass_rates(model, tokenizer, cases, o["samples"], cfg.max_new, seed)))
         kept = middling(json.loads(file.read_text()), o["low"], o["high"])
         if len(kept) < cfg.prompts: raise UserError(f"rule stage: {len(kept)} of {len(cases)} tasks have a pass rate from {o['low']} to {o['high']} under this policy, and a step needs {cfg.prompts}; take a larger pool, or another policy: this one knows {'everything' if np.mean(json.loads(file.read_text())) > .5 else 'nothing'} already")
-        train(model, tokenizer, [dict(prompt=opening(cases[i]), condition=cases[i].medical.condition) for i in kept], [Finished(diagnosis_reward, tokenizer.eos_token_id)], cfg, run, tell)
+        train(model, tokenizer, [dict(prompt=opening(cases[i]), condition=cases[i].medical.condition) for i in kept], [Finished(diagnosis_reward, end_ids(model, tokenizer))], cfg, run, tell)
     return rl_stage("rule", rule_stage, start, seed, RULE, changes, learn, base, tell)
 
 # %% ../../nbs/train/stages.ipynb #cell-16
@@ -159,7 +159,7 @@ def rubric_stage(
     "Reinforcement learning on open questions with generated rubrics."
     def learn(model, tokenizer, cfg, run, o, tell):
         "Tasks and rewards."
-        cases, reward = open_tasks(o["pool"], seed, "rubric"), Finished(RubricReward(ClauseGrader()), tokenizer.eos_token_id)
+        cases, reward = open_tasks(o["pool"], seed, "rubric"), Finished(RubricReward(ClauseGrader()), end_ids(model, tokenizer))
         coef = matched_coef(answer_length(model, tokenizer, cases[:64], cfg.max_new, seed))
         bonus = [LengthReward(reward, cfg.group, coef=coef, thresh=o["thresh"], quantile=o["quantile"])] if o["length"] else []
         train(model, tokenizer, rubric_tasks(cases), [reward, *bonus], cfg, run, tell)
@@ -177,7 +177,7 @@ def multiturn_stage(
     "Reinforcement learning on fragments of sessions with the simulator."
     def learn(model, tokenizer, cfg, run, o, tell):
         "Tasks and reward."
-        train(model, tokenizer, Fragments(model, tokenizer, cfg, run, sessions=o["sessions"], every=o["every"]), [Finished(RubricReward(TalkGrader()), tokenizer.eos_token_id)], cfg, run, tell)
+        train(model, tokenizer, Fragments(model, tokenizer, cfg, run, sessions=o["sessions"], every=o["every"]), [Finished(RubricReward(TalkGrader()), end_ids(model, tokenizer))], cfg, run, tell)
     return rl_stage("multiturn", multiturn_stage, start, seed, MULTITURN, changes, learn, base, tell)
 
 # %% ../../nbs/train/stages.ipynb #cell-25

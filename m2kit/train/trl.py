@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from ..core.errors import UserError, choose, require
 from ..core.step import Step, made
+from ..lm.chat import answers_in
 from ..lm.local import end_ids, load, load_policy
 from ..rubrics.reference import ClauseGrader
 from ..rubrics.rubric import Rubric
@@ -302,7 +303,8 @@ class Session:
         "The doctor's turn."
         self.add(ids, 1, logps)
         if ids[-1] not in self.ends: self.add([t for t in between(self.tokenizer, self.ends, ids[-1], "?")[:1] if t in self.ends], 0)
-        self.dialogue.append(dict(role="assistant", content=self.tokenizer.decode(ids, skip_special_tokens=True).strip() or "..."))
+        said, = answers_in([self.tokenizer.decode(ids, skip_special_tokens=True)])
+        self.dialogue.append(dict(role="assistant", content=said.strip() or "..."))
 
     def hear(self, reply: str):
         "The patient's."
