@@ -57,6 +57,7 @@ class Definitions:
     defs: dict = field(default_factory=dict)       # name -> statements that bind it
     imports: dict = field(default_factory=dict)    # name -> (module, attribute or None)
     loose: list = field(default_factory=list)      # statements that bind nothing, and methods for classes from elsewhere
+    noted: dict = field(default_factory=dict)      # name -> what `_note` says of its statements
 
 def imports_of(
     tree,             # a syntax tree; imports at any depth are found
@@ -198,25 +199,30 @@ class _Reader:
 # %% ../../nbs/core/closure.ipynb #cell-23
 from fastcore.basics import patch
 
-@patch
-def read(self: _Reader, module, nodes, d):
-    "What some statements of a module mention."
+def _note(nodes, d) -> tuple:
+    "Some statements of a module: fingerprint, names of its own and imported ones that they mention, strings, data."
+    own, imported, strings, data = set(), [], set(), set()
     for node in nodes:
-        names, strings = mentions(node)
+        names, texts = mentions(node)
         here = d.imports | imports_of(node, d.package)
         for first, *rest in names:
-            if first in d.defs: self.add(module, first)
-            elif first in here:
-                source, attribute = here[first]
-                self.follow(source, [attribute, *rest] if attribute else rest)
-        for s in strings: self.place(s)
-        self.data |= data_read(node)
+            if first in d.defs: own.add(first)
+            elif first in here: imported.append((here[first][0], [*filter(None, [here[first][1]]), *rest]))
+        strings |= {t for t in texts if ":" in t or "." in t}
+        data |= data_read(node)
+    return digest(nodes), own, imported, strings, data
 
 @patch
 def take(self: _Reader, module, name, nodes, d):
     "Note some statements, and go on from them."
-    if nodes: self.found.setdefault(module, {})[name] = digest(nodes)
-    self.read(module, nodes, d)
+    if not nodes: return
+    if name not in d.noted: d.noted[name] = _note(nodes, d)
+    found, own, imported, strings, data = d.noted[name]
+    self.found.setdefault(module, {})[name] = found
+    for n in own: self.add(module, n)
+    for source, parts in imported: self.follow(source, parts)
+    for s in strings: self.place(s)
+    self.data |= data
 
 # %% ../../nbs/core/closure.ipynb #cell-25
 @patch

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'main', 'names_of', 'shelf', 'evidence', 'steps', 'train', 'is_met', 'missing', 'cards', 'machine',
-           'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
-           'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
+           'option', 'main', 'names_of', 'replay', 'shelf', 'evidence', 'steps', 'train', 'is_met', 'missing', 'cards',
+           'machine', 'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in',
+           'pick_script', 'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #c3
 import sys
@@ -156,6 +156,19 @@ def reproduce(scale, only, jobs, fresh, full, sets, out):
     from m2kit.reproduce.pipeline import reproduce as run
     mode = "none" if full else "stale"
     return run(names_of(only), scale, jobs, fresh, sets, out and Path(out).resolve(), mode=mode)
+
+# %% ../../nbs/reproduce/cli.ipynb #replay-2
+@command("Begin every training again and hold it against its record in data/evidence.", """
+    m2kit replay                            one seed of each experiment; exit status 1 where one does not agree
+    m2kit replay length midtrain            these kinds of steps
+    m2kit replay --certify                  let records whose code has changed stand for the new code, where they agree""",
+    click.argument("names", nargs=-1, metavar="[NAME]..."),
+    option("--certify", is_flag=True, show_default=False,
+           help="Write what agrees, and has run through all that changed, into the evidence."))
+def replay(names, certify):
+    "The exit status."
+    from m2kit.reproduce.replay import replay_all
+    return 0 if replay_all(click.echo, names, certify) else 1
 
 # %% ../../nbs/reproduce/cli.ipynb #c23
 def shelf(
