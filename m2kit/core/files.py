@@ -161,9 +161,11 @@ def json_values(
 ) -> list[tuple]:     # (where, value); of an array its entries
     "Everything in a file of JSON, whatever its layout; a `UserError` where something is no JSON, or nothing is there."
     text = read_text(path)
-    if not text.strip(): raise UserError(f"{path}: there is nothing in it; give a file with one JSON object a line, or one alone")
+    empty = UserError(f"{path}: there is nothing in it; give a file with one JSON object a line, or one alone")
+    if not text.strip(): raise empty
     if _is_lines(text, path): return list(json_lines(path))
     found = parse_json(text, str(path), 1)
+    if found == []: raise empty
     return [(f"{path}, entry {i}", x) for i, x in enumerate(found, 1)] if isinstance(found, list) else [(str(path), found)]
 
 # %% ../../nbs/core/files.ipynb #cell-28
@@ -175,7 +177,7 @@ def first_value(
     try: first = [(str(path), parse_json(line, str(path)))]
     except UserError: first = json_values(path)
     if isinstance(first[0][1], list): first = json_values(path)
-    return first[0][1] if first else None
+    return first[0][1]
 
 # %% ../../nbs/core/files.ipynb #cell-31
 class Once:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from transformers.cache_utils import DynamicLayer
 from ..core.errors import UserError
 from .chat import Sampling
-from .local import LocalModel, RowSampler, StopTexts, plan_batches
+from .local import LocalModel, RowSampler, StopTexts, lock_of, plan_batches
 
 # %% ../../nbs/lm/fork.ipynb #cell-6
 def common(
@@ -108,6 +108,11 @@ def chat(self: ForkModel,
     on_done=None,           # on_done(i, completion), batch by batch
 ) -> list:                  # of `Completion`
     "One completion per dialogue, in order."
+    with lock_of(self.model): return self._chat(dialogues, sampling, samples, on_done)
+
+@patch
+def _chat(self: ForkModel, dialogues, sampling, samples, on_done) -> list:
+    "As `chat`, for who holds the network."
     (prompts, seeds), ends, known, cache = self._asked(dialogues, sampling, samples), self.ends, [], None
     out = [None]*len(prompts)
     self.prompted += sum(map(len, prompts))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['load', 'load_policy', 'save_checkpoint', 'place', 'weights_hash', 'draw', 'RowSampler', 'StopTexts', 'plan_batches',
-           'opens_thinking', 'LocalModel', 'turn_tail', 'end_ids']
+           'opens_thinking', 'lock_of', 'LocalModel', 'turn_tail', 'end_ids']
 
 # %% ../../nbs/lm/local.ipynb #cell-4
-import copy, hashlib, random
+import copy, hashlib, random, threading
 from pathlib import Path
+from weakref import WeakKeyDictionary
 from fastcore.basics import patch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -161,6 +162,15 @@ def opens_thinking(
     except Exception: return False                 # a template with rules of its own; `encode` says what they are
     return text.rstrip().endswith(tuple(THINK_MARKS))
 
+# %% ../../nbs/lm/local.ipynb #1ffd716c
+_LOCKS, _ONE = WeakKeyDictionary(), threading.Lock()
+
+def lock_of(
+    network,   # a torch module
+):             # a lock; whoever holds it may take it again
+    "The lock of a network: who writes with it holds it."
+    with _ONE: return _LOCKS.setdefault(network, threading.RLock())
+
 # %% ../../nbs/lm/local.ipynb #cell-34
 class LocalModel:
     "A `ChatModel` over a transformers checkpoint."
@@ -285,7 +295,9 @@ def chat(self: LocalModel,
     (prompts, seeds), ends = self._asked(dialogues, sampling, samples), self.ends
     out = [None]*len(prompts)
     for part in plan_batches([len(p) for p in prompts], sampling.max_tokens, self.batch_tokens):
-        try: rows = self._generate([prompts[i] for i in part], sampling, [seeds[i] for i in part])
+        try:
+            with lock_of(self.model):
+                rows = self._generate([prompts[i] for i in part], sampling, [seeds[i] for i in part])
         except torch.OutOfMemoryError: raise UserError(f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a smaller batch_tokens") from None
         for i, row in zip(part, rows):
             out[i] = self._completion(prompts[i], row, sampling, ends)

@@ -28,7 +28,17 @@ def call_key(
     return fingerprint(model, messages, sampling.identity, sample, n=32)
 
 # %% ../../nbs/lm/log.ipynb #cell-9
-_FIELDS = {"key", "model", "messages", "sampling", "sample", "text", "prompt_tokens", "completion_tokens", "finish"}
+_FIELDS = dict(key=str, model=str, messages=list, sampling=dict, sample=int, text=str, finish=str,
+               prompt_tokens=(int, type(None)), completion_tokens=(int, type(None)))
+
+def _fault(line: bytes) -> str:
+    "What makes a line no recorded call; nothing when it is one."
+    try: row = json.loads(line)
+    except (ValueError, RecursionError): return "is no JSON"
+    if not isinstance(row, dict): return f"holds {type(row).__name__}, no object"
+    if (gone := [k for k in _FIELDS if k not in row]): return f"has no field {gone[0]}"
+    bad = next((k for k, kind in _FIELDS.items() if not isinstance(row[k], kind)), "")
+    return bad and f"has {type(row[bad]).__name__} for the field {bad}"
 
 # %% ../../nbs/lm/log.ipynb #cell-10
 def _calls(path, start: int = 0):
@@ -36,12 +46,15 @@ def _calls(path, start: int = 0):
     with open(path, "rb") as f:
         f.seek(start)
         while (line := f.readline()).endswith(b"\n"):
-            try: row = json.loads(line)
-            except ValueError: row = None
-            if not isinstance(row, dict) or not _FIELDS <= row.keys():
-                raise UserError(f"{path}: the line at byte {start} is no recorded call ({line[:40].decode(errors='replace').strip()!r}); mend or delete that line")
-            yield start, start + len(line), row
+            if (fault := _fault(line)):
+                said = line[:40].decode(errors="replace").strip()
+                raise UserError(f"{_place(path, start)} is no recorded call: it {fault} ({said!r}); mend or delete that line")
+            yield start, start + len(line), json.loads(line)
             start += len(line)
+
+def _place(path, start):
+    "The line that begins at a byte."
+    with open(path, "rb") as f: return f"{path}:{f.read(start).count(bytes([10])) + 1}: this line"
 
 # %% ../../nbs/lm/log.ipynb #cell-13
 class CallLog:
@@ -76,7 +89,11 @@ class CallLog:
 def _read(self: CallLog, key):
     "The answer on file; None when there is none."
     if key not in self._at: return None
-    _, _, row = next(_calls(self.path, self._at[key]))
+    at = self._at[key]
+    _, _, row = next(_calls(self.path, at))
+    if fingerprint(row["model"], row["messages"], row["sampling"], row["sample"], n=32) != key:
+        raise UserError(f"{_place(self.path, at)} answers another call than its key says; it was changed by hand, or copied "
+                        "from another log: delete it, and the call is made again")
     names = ("text", "prompt_tokens", "completion_tokens", "finish")
     return Completion(*(row[k] for k in names), thinking=row.get("thinking"))
 
@@ -169,6 +186,7 @@ class Logged:
         chunk: int = 16,  # dialogues asked at once, of a model without `on_done`
     ):
         self.model, self.log, self.chunk, self.asked, self.found = model, log, chunk, 0, 0
+        self._count = threading.Lock()
         self._takes = {"samples", "on_done"} & inspect.signature(model.chat).parameters.keys()
 
     @property
@@ -190,7 +208,7 @@ def chat(self: Logged,
     samples = sample_indices(dialogues) if samples is None else list(samples)
     out = self.log.find([call_key(name, d, sampling, k) for d, k in zip(dialogues, samples, strict=True)])
     todo = [i for i, c in enumerate(out) if c is None]
-    self.asked, self.found = self.asked + len(todo), self.found + len(out) - len(todo)
+    with self._count: self.asked, self.found = self.asked + len(todo), self.found + len(out) - len(todo)
     for i, c in enumerate(out):
         if c and on_done: on_done(i, c)
     def record(i, c):

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import rotate_half
 from ..core.errors import UserError
 from .chat import Sampling, cut_at_stop
-from .local import LocalModel, draw
+from .local import LocalModel, draw, lock_of
 
 # %% ../../nbs/lm/prefix.ipynb #cell-6
 BLOCK = 16  # tokens
@@ -209,7 +209,7 @@ class PrefixModel(LocalModel):
 @patch
 def forget(self: PrefixModel):
     "To be called when the weights have changed."
-    self.known = Prefixes(self.known.most)
+    with lock_of(self.model): self.known = Prefixes(self.known.most)
 
 @patch
 @contextmanager

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'section', 'Pairs', 'json_objects', 'json_fields', 'as_bool', 'read_object', 'Unusable', 'read_json',
-           'AskReport', 'ask_until']
+           'add_counts', 'AskReport', 'ask_until']
 
 # %% ../../nbs/lm/reply.ipynb #b9803179
-import json, re
+import json, re, threading
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from ..core.errors import UserError
 from .chat import ChatModel, Completion, Sampling, part_thinking
 
@@ -156,6 +156,15 @@ def read_json(
     return [_plain(o) for o in found], torn
 
 # %% ../../nbs/lm/reply.ipynb #52882e68
+_COUNTING = threading.Lock()
+
+def add_counts(
+    total, more,   # dataclasses of the same kind, of numbers and `Counter`s
+):
+    "Add the fields of one to the other's, whole."
+    with _COUNTING:
+        for f in fields(total): setattr(total, f.name, getattr(total, f.name) + getattr(more, f.name))
+
 @dataclass
 class AskReport:
     "What has been asked so far, and what went wrong."
@@ -164,6 +173,10 @@ class AskReport:
     failed: int = 0                                         # prompts without a usable reply in the end
     faults: Counter = field(default_factory=Counter)        # unusable replies by kind
     repairs: Counter = field(default_factory=Counter)       # repairs in what was used, by name
+
+    def add(self, other):
+        "Put another report to this one; many threads may."
+        add_counts(self, other)
 
     def _repr_markdown_(self) -> str:
         rows = [f"| {k} | {getattr(self, k)} |" for k in ("asked", "replies", "failed")] + [f"| {n}: {k} | {v} |" for n in ("faults", "repairs") for k, v in getattr(self, n).items()]
@@ -190,16 +203,16 @@ def ask_until(
 ) -> list:                         # per prompt the value, or the `Unusable` of the last try
     "Ask all, and ask again for what cannot be used."
     if type(retries) is not int or retries < 0: raise UserError(f"retries is {retries!r}; it is a whole number, at least 0")
-    report, got, fault, pending = report or AskReport(), {}, {}, list(range(len(prompts)))
-    report.asked += len(prompts)
+    mine, got, fault, pending = AskReport(asked=len(prompts)), {}, {}, list(range(len(prompts)))
     for attempt in range(retries + 1):
         if not pending: break
         s = replace(sampling, seed=sampling.seed + attempt, temperature=max(sampling.temperature, retry_temperature)) if attempt else sampling
         for i, c in zip(pending, model.chat([prompts[i] for i in pending], s), strict=True):
-            report.replies += 1
+            mine.replies += 1
             try: got[i] = _read(c, read, i)
-            except Unusable as e: fault[i] = e; report.faults[str(e).split(":")[0]] += 1
+            except Unusable as e: fault[i] = e; mine.faults[str(e).split(":")[0]] += 1
         pending = [i for i in pending if i not in got or "cut off" in got[i][1]]
-    report.failed += len(prompts) - len(got)
-    for _, repairs in got.values(): report.repairs.update(repairs)
+    mine.failed += len(prompts) - len(got)
+    for _, repairs in got.values(): mine.repairs.update(repairs)
+    if report is not None: report.add(mine)
     return [got[i][0] if i in got else fault[i] for i in range(len(prompts))]

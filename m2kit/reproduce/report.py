@@ -105,13 +105,17 @@ EXHIBIT = """
 {% macro cell(c, redrawn) %}<td>{% if c %}{{ number(c.value) }}
 {%- if c.status != 'reported' %} <span class="status {{ c.status }}">{{ c.status }}</span>{% endif %}
 {% if c.note %}<small>{{ c.note }}</small>{% endif %}
-{% if not redrawn %}<div><b>ours {{ number(c.ours) }}</b>{% if c.interval %} [{{ c.interval|map('number')|join(', ') }}]{% endif %}</div>{% endif %}
+{% if not redrawn %}<div><b>ours {{ number(c.ours) }}</b>
+{%- if c.interval %} [{{ c.interval|map('number')|join(', ') }}]{% endif %}</div>{% endif %}
 {% else %}–{% endif %}</td>{% endmacro %}
 {% macro numbers(e) %}<h3>{{ "The paper's numbers" if e.label == 'redrawn' else "The paper's numbers and ours" }}</h3>
-<div class="wide" tabindex="0"><table><thead><tr><th></th>{% for m, unit in e.beside.metrics %}<th>{{ m }} ({{ unit }})</th>{% endfor %}</tr></thead>
-{% for subject, cells in e.beside.rows %}<tr><th>{{ subject }}</th>{% for c in cells %}{{ cell(c, e.label == 'redrawn') }}{% endfor %}</tr>{% endfor %}
+<div class="wide" tabindex="0"><table><thead><tr><th></th>
+{% for m, unit in e.beside.metrics %}<th>{{ m }} ({{ unit }})</th>{% endfor %}</tr></thead>
+{% for subject, cells in e.beside.rows %}<tr><th>{{ subject }}</th>
+{% for c in cells %}{{ cell(c, e.label == 'redrawn') }}{% endfor %}</tr>{% endfor %}
 </table></div><p class="small">Sources of the paper's numbers:
-{% for status, names in e.beside.sources.items() %}{{ status }}: {{ names|join('; ') }}{{ ". " if not loop.last else "." }}{% endfor %}</p>{% endmacro %}
+{% for status, names in e.beside.sources.items() %}
+{{ status }}: {{ names|join('; ') }}{{ ". " if not loop.last else "." }}{% endfor %}</p>{% endmacro %}
 {% macro made(e) %}<details><summary>Every number behind the picture</summary><div class="wide" tabindex="0"><table>
 {% for place, text in e.flat %}<tr><td>{{ place }}</td><td>{{ text }}</td></tr>{% endfor %}</table></div></details>
 <details><summary>How it was made</summary><dl><dt>scale</dt><dd>{{ e.scale }}</dd><dt>seeds</dt><dd>{{ e.seeds|join(', ') or 'none' }}</dd>
@@ -141,17 +145,20 @@ its text or on the model card; <span class="status">secondary</span> is somebody
 <span class="status disputed">disputed</span> one the sources disagree, and the note gives the other reading.</p>
 {% for e in exhibits %}{{ x.exhibit(e) }}{% endfor %}
 {% for name, error in failed.items() %}<section id="{{ name }}"><h2>{{ name }} · {{ titles.get(name, '') }}</h2>
-<p><span class="verdict bad">! failed</span> Its notebook did not run to its end, so nothing is shown. The last lines:</p><pre>{{ error }}</pre>
+<p><span class="verdict bad">! failed</span>
+Its notebook did not run to its end, so nothing is shown. The last lines:</p><pre>{{ error }}</pre>
 <p class="small">Once it is mended: m2kit reproduce --only {{ name }}</p></section>{% endfor %}
 <h2 id="ledger">The ledger</h2>
 <table class="ledger"><thead><tr><th>exhibit</th><th>whose</th><th>verdict</th><th>claim</th></tr></thead>
 {% for e in exhibits %}{% for row, c in e.rows %}<tr><td><a href="#{{ e.exhibit }}">{{ e.exhibit }}</a> <small>{{ e.label }}</small></td>
-<td>{{ row.whose }}</td><td><a href="#{{ row.id }}">{{ k.verdict(row.verdict) }}</a>{% if e.fresh and e.fresh.stale %}<small>stale</small>{% endif %}</td>
+<td>{{ row.whose }}</td><td><a href="#{{ row.id }}">{{ k.verdict(row.verdict) }}</a>
+{% if e.fresh and e.fresh.stale %}<small>stale</small>{% endif %}</td>
 <td>{{ row.text }}</td></tr>{% endfor %}{% endfor %}
 {% for name in failed %}<tr><td><a href="#{{ name }}">{{ name }}</a></td><td></td><td><span class="verdict bad">! failed</span></td>
 <td>{{ titles.get(name, '') }}: its notebook did not run to its end.</td></tr>{% endfor %}
 </table>
-{% if missing %}<p class="small">Not run yet: {% for n, t in missing.items() %}{{ n }} ({{ t }}){{ ", " if not loop.last }}{% endfor %}.</p>{% endif %}
+{% if missing %}<p class="small">Not run yet:
+{% for n, t in missing.items() %}{{ n }} ({{ t }}){{ ", " if not loop.last }}{% endfor %}.</p>{% endif %}
 </body></html>
 """
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from ..core.errors import UserError, choose
 from ..lm.chat import ChatModel, Content, Sampling, part_thinking
-from ..lm.reply import as_bool, json_fields, json_objects, section
+from ..lm.reply import add_counts, as_bool, json_fields, json_objects, section
 from .rubric import Criterion, Verdict
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-6
@@ -127,10 +127,9 @@ class GradeReport:
     retries: int = 0                                       # questions asked again
     faults: Counter = field(default_factory=Counter)       # unusable replies by kind
 
-    def add(self, verdict):
-        "Count one final verdict."
-        self.verdicts += 1
-        self.unknown += verdict.met is None
+    def add(self, other):
+        "Put another report to this one; many threads may."
+        add_counts(self, other)
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-47
 class LMGrader:
@@ -154,13 +153,13 @@ class LMGrader:
         s = replace(self.sampling, schema=reply_schema(field)) if self.constrain else self.sampling
         return replace(s, seed=s.seed + attempt, temperature=max(s.temperature, self.retry_temperature)) if attempt else s
 
-    def _verdict(self, completion, field):
+    def _verdict(self, completion, field, report):
         "The verdict in a completion. Unknown after an error, and when the reply was cut: what stands there may be a draft."
-        self.report.replies += 1
+        report.replies += 1
         if completion.finish == "error": v = Verdict(None, f"no reply: {completion.error}")
         elif completion.finish == "length": v = _unknown("cut at max_tokens", completion.text[-80:])
         else: v = read_reply(completion.text, field)
-        if v.met is None: self.report.faults[v.explanation.split(":")[0]] += 1
+        if v.met is None: report.faults[v.explanation.split(":")[0]] += 1
         return v
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-49
@@ -168,14 +167,17 @@ class LMGrader:
 def ask(self: LMGrader,
     questions: list,       # (conversation, answer, criterion) triples
     attempt: int,          # 0 for the first round
+    report: GradeReport | None = None, # where to count; the grader's own by default
 ) -> list[Verdict]:        # one per question
     "Ask every question once."
+    mine = GradeReport()
     out, fields = {}, [field_of(c, self.typed) for _, _, c in questions]
     for kind in sorted(set(fields)) if self.constrain else [None][:len(questions)]:
         some = [i for i, f in enumerate(fields) if kind in (None, f)]
         replies = self.model.chat([grading_prompt(*questions[i], self.order, self.typed) for i in some], self._sampling(attempt, kind))
         if len(replies) != len(some): raise RuntimeError(f"{self.model.name} gave {len(replies)} completions for {len(some)} dialogues")
-        out |= {i: self._verdict(r, fields[i]) for i, r in zip(some, replies)}
+        out |= {i: self._verdict(r, fields[i], mine) for i, r in zip(some, replies)}
+    (self.report if report is None else report).add(mine)
     useless = [v.explanation for v in out.values() if v.met is None]
     if self.patience: self.patience.add(len(out) - len(useless), len(useless), useless[0] if useless else "")
     return [out[i] for i in range(len(questions))]
@@ -201,13 +203,14 @@ def grade(self: LMGrader,
     "Grade all items, one batch per round; what stays unusable after the retries is unknown, with the reason."
     grouped = _questions(items)
     questions = [q for group in grouped for q in group]
-    verdicts, pending = [None] * len(questions), list(range(len(questions)))
+    verdicts, pending, report = [None] * len(questions), list(range(len(questions))), GradeReport()
     for attempt in range(self.retries + 1):
         if not pending: break
-        self.report.retries += len(pending) if attempt else 0
-        for i, v in zip(pending, self.ask([questions[i] for i in pending], attempt)): verdicts[i] = v
+        report.retries += len(pending) if attempt else 0
+        for i, v in zip(pending, self.ask([questions[i] for i in pending], attempt, report)): verdicts[i] = v
         pending = [i for i in pending if verdicts[i].met is None]
     for i in pending: verdicts[i] = Verdict(None, f"no usable verdict in {self.retries + 1} tries; the last: {verdicts[i].explanation}")
-    for v in verdicts: self.report.add(v)
+    report.verdicts, report.unknown = len(verdicts), sum(v.met is None for v in verdicts)
+    self.report.add(report)                                       # at once: what other threads grade is counted apart
     it = iter(verdicts)
     return [[next(it) for _ in group] for group in grouped]

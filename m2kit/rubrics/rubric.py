@@ -127,7 +127,6 @@ def load_rubrics(
         except UserError as e: raise UserError(f"{at}: {e}") from None
         if (again := once.fault(r.id, at)): raise UserError(f"{at}: {again}")
         out.append(r)
-    if not out: raise UserError(f"{path}: no rubrics in it; write one JSON object a line")
     return out
 
 # %% ../../nbs/rubrics/rubric.ipynb #cell-31

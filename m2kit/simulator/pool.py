@@ -6,6 +6,7 @@
 __all__ = ['dealt', 'SimulatorPool']
 
 # %% ../../nbs/simulator/pool.ipynb #cell-4
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from ..core.errors import UserError
@@ -48,6 +49,7 @@ class SimulatorPool:
         if type(workers) is not int or workers < 1: raise UserError(f"SimulatorPool: workers is {workers!r}; it is a whole number, at least 1")
         from m2kit.simulator.pool import _open   # by its module's name: another process cannot see what a notebook defines
         named(opener)                            # a wrong name is told now
+        self.lock = threading.Lock()
         self.hands, self.place = [ProcessPoolExecutor(1, get_context("spawn"), _open, (opener, options)) for _ in range(workers)], {}
 
     def ask(self,
@@ -59,7 +61,7 @@ class SimulatorPool:
         from m2kit.simulator.pool import _work
         of = lambda xs, share: [xs[i] for i in share]
         split = lambda share: {k: of(v, share) if isinstance(v, list) else v for k, v in options.items()}
-        shares = dealt([s.id for s in scripts], self.place, len(self.hands))
+        with self.lock: shares = dealt([s.id for s in scripts], self.place, len(self.hands))
         asked = [(share, hand.submit(_work, method, of(scripts, share), *(of(c, share) for c in columns), **split(share))) for share, hand in zip(shares, self.hands) if share]
         out = [None]*len(scripts)
         for share, job in asked:

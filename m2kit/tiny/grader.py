@@ -181,7 +181,7 @@ def lookup_three_(
     return model
 
 # %% ../../nbs/tiny/grader.ipynb #cell-30
-GRADER_RECIPE = dict(hidden=128, heads=4, kv_heads=2, ff=384, context=2048, theta=1e6, steps=160, batch=8, lr=5e-3, muon_lr=4e-3, weight=4., long=.07, seed=0)
+GRADER_RECIPE = dict(hidden=128, heads=4, kv_heads=2, ff=384, context=2048, theta=1e6, steps=260, batch=8, lr=5e-3, muon_lr=4e-3, weight=4., long=.07, seed=0)
 
 def _new_model(tokenizer, r):
     "The untrained model of a recipe."

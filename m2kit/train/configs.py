@@ -8,7 +8,7 @@ __all__ = ['GIB', 'LAYERS', 'KINDS', 'SIZES', 'SOURCES', 'PAPER', 'training_memo
            'verl_rows', 'write_verl_data', 'verl_overrides', 'verl_command', 'write_recipes']
 
 # %% ../../nbs/train/configs.ipynb #cell-4
-import json, math, os, shlex
+import json, math, os, shlex, threading
 from pathlib import Path
 from ..core.errors import UserError, choose, require
 from ..core.files import json_values
@@ -170,25 +170,29 @@ def compute_score(
     data_source: str,       # one of `SOURCES`
     solution_str: str,      # the answer
     ground_truth: str,      # what the reward's column holds: a diagnosis, or a rubric as JSON
-    extra_info=None,        # verl's; not used
+    extra_info=None,        # verl's; `verl_rows` puts the conversation there, which a model that grades has to see
     grader=None,            # `reward.custom_reward_function.reward_kwargs` may name a model that grades rubrics
     **kw,                   # whatever else a release of verl hands over
 ) -> float:
     "The reward of one answer, as verl asks for it."
     reward, column = SOURCES[choose(data_source, SOURCES, "data source")]
     if grader and column == "rubric": reward = _model_reward(grader)
-    value, = guarded(reward)(prompts=[None], completions=[solution_str], **{column: [ground_truth]})
+    talk = (extra_info or {}).get("prompt")
+    if talk is not None: talk = [dict(role=m["role"], content=m["content"]) for m in talk]    # parquet gives an array
+    elif grader: raise UserError("the row's extra_info holds no prompt, and a model cannot grade an answer to nothing; write the data anew with write_verl_data")
+    value, = guarded(reward)(prompts=[talk], completions=[solution_str], **{column: [ground_truth]})
     if value is None: raise UserError(f"the reward of an answer from {data_source} is unknown, and verl has no place for that; give the grader more retries, or train with TRL, which leaves such samples out")
     return value
 
-_graders = {}
+_graders, _opening = {}, threading.Lock()
 def _model_reward(spec: str):
-    "The rubric reward with a model as grader; opened once."
-    if spec not in _graders:
-        from m2kit.lm.open import open_model
-        from m2kit.rubrics.grade import LMGrader
-        _graders[spec] = RubricReward(LMGrader(open_model(spec)))
-    return _graders[spec]
+    "The rubric reward with a model as grader; opened once, whoever asks first."
+    with _opening:
+        if spec not in _graders:
+            from m2kit.lm.open import open_model
+            from m2kit.rubrics.grade import LMGrader
+            _graders[spec] = RubricReward(LMGrader(open_model(spec)))
+        return _graders[spec]
 
 # %% ../../nbs/train/configs.ipynb #cell-35
 def verl_rows(
@@ -203,7 +207,9 @@ def verl_rows(
         source, column = ("m2kit/rubric", "rubric") if "rubric" in t else ("m2kit/rule", "condition")
         if column not in t: raise UserError(f"task {i} has neither a rubric nor a condition; a task without ground truth cannot be scored")
         truth = json.dumps(as_rubric(t["rubric"]).to_dict()) if column == "rubric" else t["condition"]
-        return dict(data_source=source, prompt=[dict(role=m["role"], content=m["content"]) for m in t["prompt"]], ability="medicine", reward_model=dict(style="rule", ground_truth=truth), extra_info=dict(split=split, index=i))
+        talk = [dict(role=m["role"], content=m["content"]) for m in t["prompt"]]
+        return dict(data_source=source, prompt=talk, ability="medicine", reward_model=dict(style="rule", ground_truth=truth),
+                    extra_info=dict(split=split, index=i, prompt=talk))
     return [row(i, t) for i, t in enumerate(tasks)]
 
 def write_verl_data(

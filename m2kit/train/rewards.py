@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_LENGTH', 'PAPER_COEF', 'text_of', 'answers_of', 'diagnosis_reward', 'as_rubric', 'RubricReward',
-           'length_reward', 'matched_coef', 'LengthReward', 'name_of', 'within', 'checked', 'guarded']
+           'length_reward', 'matched_coef', 'LengthReward', 'name_of', 'within', 'checked', 'Alive', 'guarded']
 
 # %% ../../nbs/train/rewards.ipynb #cell-4
 import json, math, queue, threading
@@ -51,7 +51,7 @@ class RubricReward:
     __name__ = "rubric"                            # how TRL names the reward in its logs
     def __init__(self,
         grader,   # anything with `grade(items)`, e.g. `ClauseGrader()` or `LMGrader(model)`
-    ): self.grader, self._last = grader, (None, None)  # the last batch is kept: the length reward asks for it again
+    ): self.grader, self._last = grader, (None, None)  # the last batch and its scores, always set together
 
     def __call__(self,
         prompts, completions, # N of each
@@ -61,8 +61,12 @@ class RubricReward:
         "One score a completion."
         answers = answers_of(completions)
         items = [(p, a, as_rubric(r)) for p, a, r in zip(prompts, answers, rubric, strict=True)]
-        if self._last[0] != items: self._last = items, [score(r, v) for (_, _, r), v in zip(items, self.grader.grade(items), strict=True)]
-        return list(self._last[1])
+        known, scores = self._last                  # read once: another thread may set it meanwhile
+        if known != items:                          # the length reward asks again for what was just scored
+            verdicts = self.grader.grade(items)
+            scores = [score(r, v) for (_, _, r), v in zip(items, verdicts, strict=True)]
+            self._last = items, scores
+        return list(scores)
 
 # %% ../../nbs/train/rewards.ipynb #cell-18
 def length_reward(
@@ -149,17 +153,39 @@ def checked(
         if not ok: raise UserError(f"reward {name} gave {v} for completion {i}; give a finite number, or None where the reward is unknown")
     return [None if v is None or math.isnan(v) else float(v) for v in values]
 
+class Alive:
+    "Counts the values that are unknown on end; many threads may."
+    def __init__(self,
+        reward,          # whose values they are
+        give_up: int,    # so many on end are too many
+    ): self.reward, self.give_up, self.lost, self.lock = reward, give_up, 0, threading.Lock()
+
+    def heard(self,
+        values: list,    # of one call
+    ):
+        "A `UserError` when nothing usable has come for too long."
+        last = max((i for i, v in enumerate(values) if v is not None), default=None)
+        with self.lock: self.lost = self.lost + len(values) if last is None else len(values) - 1 - last
+        if self.lost < self.give_up: return
+        faults = getattr(getattr(getattr(self.reward, "grader", None), "report", None), "faults", None)
+        why = f" (most often: {faults.most_common(1)[0][0]})" if faults else ""
+        raise UserError(f"reward {name_of(self.reward)} was unknown for the last {self.lost} completions{why}; "
+                        "see that its grader answers, and go on: the run keeps its last checkpoint")
+
 def guarded(
     reward,                  # in TRL's shape
     patience: float = 600.,  # seconds that one call may take
+    give_up: int = 64,       # so many unknown values on end stop the run
 ):                           # the same, with the rules above
     "A reward that gives finite numbers or None, or stops with a `UserError`; never a silent zero."
-    name = name_of(reward)
+    name, alive = name_of(reward), Alive(reward, give_up)
     def ask(prompts, completions, **columns):
         try: values = within(patience, reward, prompts=prompts, completions=completions, **columns)
         except UserError: raise
         except TimeoutError: raise UserError(f"reward {name} took longer than {patience:g} s for {len(completions)} completions; make it faster, or give it more patience") from None
         except Exception as e: raise UserError(f"reward {name} failed with {type(e).__name__}: {e}; mend it and go on: the run keeps its last checkpoint") from e
-        return checked(values, len(completions), name)
+        values = checked(values, len(completions), name)
+        alive.heard(values)
+        return values
     ask.__name__ = name
     return ask
