@@ -168,7 +168,8 @@ def registered(
     return found
 
 # %% ../../nbs/core/closure.ipynb #cell-21
-KEEPING = {f"core.{m}" for m in ("closure", "errors", "jobs", "machine", "step")}   # modules that no closure enters
+# modules that no closure enters
+KEEPING = {f"core.{m}" for m in ("closure", "errors", "files", "jobs", "machine", "run", "step")}
 
 # %% ../../nbs/core/closure.ipynb #cell-22
 class _Reader:
