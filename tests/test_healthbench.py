@@ -42,7 +42,8 @@ def test_every_input_is_recognised():
     pytest.importorskip("fhir.resources", reason="reading FHIR takes the extra [fhir]")
     bundles = sorted((INPUTS/"fhir").glob("*.json"))
     lines = said("check", DATA, INPUTS/"agentclinic_medqa_30.jsonl", *bundles).splitlines()
-    assert [l.split(": ")[1] for l in lines] == ["healthbench, 21 read, all well", "agentclinic, 30 read, all well", *["fhir, 1 read, all well"]*len(bundles)]
+    heads = [l.split(": ")[1].removesuffix(", all well") for l in lines if l.startswith(str(INPUTS))]     # what is worth a look follows below
+    assert heads == ["healthbench, 21 read", "agentclinic, 30 read", *["fhir, 1 read"]*len(bundles)]
 
 @real
 def test_bootstrap_adds_one_deviation_per_name_and_repeats(rows):

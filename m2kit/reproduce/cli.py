@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks',
-           'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script', 'training', 'Unopened',
-           'seed_option', 'answer_sampling', 'run_benchmark']
+           'option', 'main', 'names_of', 'shelf', 'evidence', 'steps', 'train', 'is_met', 'missing', 'cards', 'machine',
+           'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
+           'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #c3
 import sys
@@ -135,7 +135,8 @@ def names_of(
     m2kit reproduce --only fig05,table2     two exhibits; `m2kit exhibits` lists them
     m2kit reproduce --only lm/chat          one chapter
     m2kit reproduce --set fig05.steps=40    another value for a parameter of a notebook
-    m2kit reproduce --fresh                 train and measure everything again
+    m2kit reproduce --full                  compute everything here: no evidence, no shipped models
+    m2kit reproduce --fresh                 forget what earlier runs left, and do it again
     m2kit reproduce --only fig05 --fresh    run one notebook again, on the models that are there""",
     SCALE,
     option("--only", metavar="NAMES",
@@ -144,14 +145,17 @@ def names_of(
            help="Processes at a time; by default as many as cores and memory allow."),
     option("--fresh", is_flag=True, show_default=False,
            help="Forget what earlier runs left; without --only, also what they trained."),
+    option("--full", is_flag=True, show_default=False,
+           help="Train and measure everything here, whatever the book holds; goes on after a kill."),
     option("--set", "sets", multiple=True, metavar="NAME.PARAM=VALUE",
            help="Set a parameter of a notebook; may be repeated."),
     option("--out", type=Output(folder=True), metavar="DIR",
            help="Where figures and report go; by default figures/ of the repository."))
-def reproduce(scale, only, jobs, fresh, sets, out):
+def reproduce(scale, only, jobs, fresh, full, sets, out):
     "The exit status of `m2kit.reproduce.pipeline.reproduce` with these options."
     from m2kit.reproduce.pipeline import reproduce as run
-    return run(names_of(only), scale, jobs, fresh, sets, out and Path(out).resolve())
+    mode = "none" if full else "stale"
+    return run(names_of(only), scale, jobs, fresh, sets, out and Path(out).resolve(), mode=mode)
 
 # %% ../../nbs/reproduce/cli.ipynb #c23
 def shelf(
@@ -190,6 +194,52 @@ def exhibits(scale, out):
     for name, label, files, verdicts, title in shelf(figures, bad):
         print(f"{name:14} {label:9} {files:13} {title}" + (f"\n{'':38} {verdicts}" if verdicts else ""))
     print(counts_sentence(book_of(figures, bad)["counts"]))
+    return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #8bd34e99
+@command("Compute what figures rest on, where it is missing or stale, and put it into data/evidence.", """
+    m2kit evidence                          all of it: hours; the same again goes on after a kill
+    m2kit evidence fig05 --seeds 8          one exhibit, with more seeds than its notebook names
+    m2kit evidence --background             in a process that outlives the terminal""",
+    click.argument("names", nargs=-1, metavar="[NAME ...]"),
+    option("--seeds", type=COUNT, metavar="N", help="How many of each; as many as the notebooks name by default."),
+    option("--jobs", type=COUNT, metavar="N",
+           help="Processes at a time; by default as many as cores and memory allow."),
+    option("--background", is_flag=True, show_default=False, help="Return at once; the log says how it goes."))
+def evidence(names, seeds, jobs, background):
+    "Compute it, or start to."
+    from m2kit.reproduce.evidence import compute_evidence, in_background, measured
+    books = measured(names)
+    if not background: return compute_evidence(list(books), seeds, jobs)
+    more = [w for k, v in dict(seeds=seeds, jobs=jobs).items() if v for w in (f"--{k}", str(v))]
+    pid, log = in_background(["evidence", *books, *more])
+    print(f"at work as process {pid}; it tells {log} how it goes, and m2kit steps tells what there is")
+    return 0
+
+@command("List the steps that are kept: fresh, certified or stale, why, and what they took.", """
+    m2kit steps                             the evidence, the shipped models, and runs/""")
+def steps():
+    "Print the survey."
+    from m2kit.reproduce.evidence import survey, survey_text
+    print(*survey_text(survey()), sep="\n")
+    return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #228adf4e
+@command("Train a tiny model, or all of them.", """
+    m2kit train doctor                      if it is not there yet
+    m2kit train doctor --fresh              again, beside the one that is there: are the bytes the same?
+    m2kit train --ship                      for maintainers: all of them into data/tiny, with their card""",
+    click.argument("name", required=False, metavar="[NAME]"),
+    option("--fresh", is_flag=True, show_default=False, help="Train it even if it is there."),
+    option("--ship", is_flag=True, show_default=False, help="Copy checkpoints, records and card into data/tiny."))
+def train(name, fresh, ship):
+    "Train, and say where."
+    from m2kit.reproduce.evidence import ship_models, tiny_names, train_tiny
+    if ship: print(ship_models([name] if name else None)); return 0
+    for n in [name] if name else tiny_names():
+        tell = lambda step, *rest: step % 20 == 19 and print(f"\r{n}: step {step + 1} ", end="", file=sys.stderr, flush=True)
+        path, same = train_tiny(n, fresh, tell)
+        print(f"{n}: {path}" + {None: "", True: ", the same bytes", False: ", other bytes"}[same])
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #c26
