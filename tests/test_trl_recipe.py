@@ -93,7 +93,7 @@ def test_two_processes(tmp_path, kind):
     "The recipe's script under `accelerate launch`. On a CPU accelerate leaves FSDP aside and both kinds run as plain data parallelism: of the FSDP file this tests the launch only."
     from m2kit.tiny.doctor import tiny_doctor
     (tmp_path/"c.yaml").write_text(yaml.safe_dump(accelerate_config(kind, 2, family="qwen3") | dict(mixed_precision="no")))
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "c.yaml", str(root()/"data/recipes/train_trl.py"), "--model", str(tiny_doctor()), "--out", "out",
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "c.yaml", str(root()/"data/recipes/train_trl.py"), "--scale", "tiny", "--model", str(tiny_doctor()), "--out", "out",
                *"--prompts 4 --group 2 --steps 2 --max_new 96 --coef .6".split()]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(root()), OMP_NUM_THREADS="1"))
     assert out.returncode == 0, out.stderr[-2000:]

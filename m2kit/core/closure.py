@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEPING', 'normal_form', 'digest', 'Definitions', 'imports_of', 'definitions', 'mentions', 'data_read', 'package_dir',
-           'registered', 'Closure', 'changed', 'closure', 'closure_of_code', 'forget_code']
+           'registered', 'Closure', 'changed', 'definitions_of', 'closure', 'closure_of_code', 'forget_code']
 
 # %% ../../nbs/core/closure.ipynb #cell-4
 import ast, re
@@ -274,9 +274,8 @@ def _closed(reader, data) -> Closure:
     return Closure(modules, {p: _content(Path(data)/p) for p in sorted(reader.data)})
 
 # %% ../../nbs/core/closure.ipynb #cell-28
-@cache
-def _closure(places, folder, data) -> Closure:
-    "What some functions are made of, read once."
+def _reader(places, folder) -> _Reader:
+    "A reader that has not gone from its places yet."
     reader = _Reader(folder)
     for p in places:
         module, _, name = p.partition(":")
@@ -284,7 +283,21 @@ def _closure(places, folder, data) -> Closure:
         known = d is not None and (not name or name in d.defs or name in d.imports)
         if not known: raise ValueError(f"{p}: no such place in the package")
         reader.add(module, name or None)
-    return _closed(reader, data)
+    return reader
+
+@cache
+def _closure(places, folder, data) -> Closure:
+    "What some functions are made of, read once."
+    return _closed(_reader(places, folder), data)
+
+def definitions_of(
+    *places: str,       # as for `closure`
+    folder=None,        # of the package; the one that is running by default
+) -> dict:              # module -> definition -> fingerprint; "" for statements that define nothing
+    "What some functions are made of, definition by definition."
+    reader = _reader(places, Path(folder or package_dir()))
+    reader.run()
+    return {m: dict(sorted(d.items())) for m, d in sorted(reader.found.items())}
 
 def closure(
     *places: str,       # "m2kit.train.length:train_arm", or a whole module "m2kit.train.length"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from .closure import Closure, changed, closure
+from .closure import Closure, changed, closure, definitions_of
 from .errors import UserError, choose
 from .run import append_jsonl, atomic_write, commit, data_dir, fingerprint, read_jsonl, runs_dir, versions
 
@@ -276,7 +276,13 @@ def record_at(
     return {k: config[k] for k in parts} | (dict(uses=uses) if uses else {}) | dict(
         made=done["made"] | dict(cpu=round(took, 1)),
         rows=rounded(read_jsonl(path/"metrics.jsonl"), digits), result=rounded(done["result"], digits),
-        **({"tape": rounded(tape, digits)} if (tape := read_jsonl(path/"tape.jsonl")) else {}))
+        **_tape_of(path, config, digits))
+
+def _tape_of(path, config, digits) -> dict:
+    "A training's tape, and the definitions behind it: a replay tells which of those that changed it has seen."
+    if not (tape := read_jsonl(path/"tape.jsonl")): return {}
+    known = closure(config["of"]).modules == config["modules"]      # else the code has changed since the step ran
+    return dict(tape=rounded(tape, digits)) | (dict(defs=definitions_of(config["of"])) if known else {})
 
 @patch
 def record_of(self: Step, digits: int = 6) -> dict:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'main', 'names_of', 'shelf', 'evidence', 'steps', 'certified', 'train', 'is_met', 'missing',
-           'cards', 'machine', 'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in',
-           'pick_script', 'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
+           'option', 'main', 'names_of', 'replay', 'shelf', 'evidence', 'steps', 'certified', 'train', 'is_met',
+           'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file',
+           'cases_in', 'pick_script', 'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
 import sys
@@ -158,6 +158,19 @@ def reproduce(scale, only, jobs, fresh, full, sets, out):
     return run(names_of(only), scale, jobs, fresh, sets, out and Path(out).resolve(), mode=mode)
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-23
+@command("Begin every training again and hold it against its record in data/evidence.", """
+    m2kit replay                            one seed of each experiment; exit status 1 where one does not agree
+    m2kit replay length midtrain            these kinds of steps
+    m2kit replay --certify                  let records whose code has changed stand for the new code, where they agree""",
+    click.argument("names", nargs=-1, metavar="[NAME]..."),
+    option("--certify", is_flag=True, show_default=False,
+           help="Write what agrees, and has run through all that changed, into the evidence."))
+def replay(names, certify):
+    "The exit status."
+    from m2kit.reproduce.replay import replay_all
+    return 0 if replay_all(click.echo, names, certify) else 1
+
+# %% ../../nbs/reproduce/cli.ipynb #cell-26
 def shelf(
     figures,    # the folder of figures
     failed=(),  # names of exhibits whose last run failed
@@ -176,7 +189,7 @@ def shelf(
         rows.append((n, nb.label, "failed" if n in failed else files, verdicts, nb.title))
     return rows
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-24
+# %% ../../nbs/reproduce/cli.ipynb #cell-27
 @command("List the exhibits: what each is, what is on disk, what came out.", """
     m2kit exhibits                          those in figures/
     m2kit exhibits --out elsewhere          those in another folder""",
@@ -196,7 +209,7 @@ def exhibits(scale, out):
     print(counts_sentence(book_of(figures, bad)["counts"]))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-26
+# %% ../../nbs/reproduce/cli.ipynb #cell-29
 @command("Compute what figures rest on, where it is missing or stale, and put it into data/evidence.", """
     m2kit evidence                          all of it: hours; the same again goes on after a kill
     m2kit evidence fig05 --seeds 8          one exhibit, with more seeds than its notebook names
@@ -224,7 +237,7 @@ def steps():
     print(*survey_text(survey()), sep="\n")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-27
+# %% ../../nbs/reproduce/cli.ipynb #cell-30
 def certified(names, certify_model):
     "Say of each model whether the code beside it trains as the code that made it."
     bad = 0
@@ -254,7 +267,7 @@ def train(name, fresh, ship, certify):
         print(f"{n}: {path}" + {None: "", True: ", the same bytes", False: ", other bytes"}[same])
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-29
+# %% ../../nbs/reproduce/cli.ipynb #cell-32
 def is_met(
     requirement, # a `packaging` requirement
 ) -> bool:
@@ -276,7 +289,7 @@ def missing(
     more = [r for r in wanted if r not in base and r.marker.evaluate(dict(extra=extra))]
     return [f"{r.name}{r.specifier}" for r in (more if extra else base) if not is_met(r)]
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-31
+# %% ../../nbs/reproduce/cli.ipynb #cell-34
 def cards() -> list: # (name, GB) of each
     "The CUDA cards that torch can see; none without torch."
     try: import torch
@@ -294,7 +307,7 @@ def machine() -> dict: # python, cores, memory (GB), disk (GB free), git, cuda (
     return dict(python=platform.python_version(), cores=cores(), memory=memory/2**30, disk=disk/2**30,
                 git=shutil.which("git"), cuda=cards())
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-34
+# %% ../../nbs/reproduce/cli.ipynb #cell-37
 def lacks_anywhere(
     have: dict,        # what `machine` gives
     packages=missing,  # extra -> requirements that are not met
@@ -325,7 +338,7 @@ def lacks(
         found.append(f"{len(cards)} cards: a cluster is needed, on which this command cannot look around")
     return found
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-36
+# %% ../../nbs/reproduce/cli.ipynb #cell-39
 EXTRAS = ("train", "gpu", "fhir", "dev")
 
 def surroundings_text(
@@ -342,7 +355,7 @@ def surroundings_text(
         lines.append(f"  extra [{extra}]: {way if lost else 'installed'}")
     return lines
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-37
+# %% ../../nbs/reproduce/cli.ipynb #cell-40
 @command("Look at this machine: what each scale needs and what is missing.", """
     m2kit doctor                                      exit status 0 when the scale tiny can run
     m2kit doctor --scale gpu                          exit status 0 when the scale gpu can run
@@ -369,7 +382,7 @@ def doctor(scale, serve, card):
         for f in faults[s.name]: print(f"      - {f}")
     return 1 if faults[scale] else 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-39
+# %% ../../nbs/reproduce/cli.ipynb #cell-42
 def file_kind(
     path, # JSON or JSON lines; for FHIR also the folder of a bulk export
 ) -> str: # "healthbench", "rubrics", or a kind of case: see `m2kit.clinic.importers.MARKS`
@@ -384,7 +397,7 @@ def file_kind(
     if kind: return kind
     raise UserError(f"{path}: none of the files that the kit reads; they have one of the keys {', '.join(marks.values())}")
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-40
+# %% ../../nbs/reproduce/cli.ipynb #cell-43
 def read_file(
     path,                        # of a kind that `file_kind` knows
 ) -> tuple[str, int, list]:      # its kind, how many things are in it, lines about what was left out
@@ -400,7 +413,7 @@ def read_file(
     for _, r in cases: report.merge(r)
     return kind, len(cases), report.lines() if report.left_out or report.notes else []
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-41
+# %% ../../nbs/reproduce/cli.ipynb #cell-44
 @command("Read cases, rubrics or benchmark rows, and say what is in them or what is wrong.", """
     m2kit check case.json rubrics.jsonl          a case of the kit's own; rubrics, one a line
     m2kit check agentclinic.jsonl bundle.json    AgentClinic's exam cases; a FHIR R4 bundle (extra [fhir])
@@ -417,7 +430,7 @@ def check(files):
         print(visible(f"{path}: {kind}, {n} read" + ("" if notes else ", all well")), *notes, sep="\n  ")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-43
+# %% ../../nbs/reproduce/cli.ipynb #cell-46
 @command("Score the verdicts recorded in HealthBench rows.", """
     m2kit score graded.jsonl                overall, per theme, per axis; standard errors by bootstrap""",
     click.argument("file", metavar="FILE"),
@@ -430,7 +443,7 @@ def score(file, seed):
     print(json.dumps(aggregate(rows, seed=seed), indent=1))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-47
+# %% ../../nbs/reproduce/cli.ipynb #cell-50
 def cases_in(
     path,        # a file with cases
 ) -> list:       # of `Case`
@@ -456,7 +469,7 @@ def pick_script(
     if 1 <= number <= len(cases): return Script.of(cases[number - 1], seed)
     raise UserError(f"{path} has {len(cases)} case{'s'*(len(cases) != 1)}; --number goes from 1 to {len(cases)}")
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-50
+# %% ../../nbs/reproduce/cli.ipynb #cell-53
 def training(
     spec: str, # a model's
 ):             # a function of (step, nats per token)
@@ -465,7 +478,7 @@ def training(
         print(f"\rtraining {spec}, once: step {step + 1}, {nats:.2f} nats a token ", end="", file=sys.stderr, flush=True)
     return tell
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-53
+# %% ../../nbs/reproduce/cli.ipynb #cell-56
 class Unopened:
     "A model that is loaded when it is first used."
     def __init__(self,
@@ -483,7 +496,7 @@ class Unopened:
         if name.startswith("_"): raise AttributeError(name)
         return getattr(self._open(), name)
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-56
+# %% ../../nbs/reproduce/cli.ipynb #cell-59
 LOG = option("--log", type=Output(), metavar="FILE",
              help="Record every call to a model there; calls found there are not made again.")
 
@@ -493,7 +506,7 @@ def seed_option(
     "The option `--seed`."
     return option("--seed", type=int, default=0, metavar="N", help=f"Of {of}.")
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-57
+# %% ../../nbs/reproduce/cli.ipynb #cell-60
 @command("Be the doctor of a simulated patient, and watch gate, reply, checker and scores.", """
     m2kit consult                               a synthetic patient and the tiny models
     m2kit consult --condition gout --seed 3     another patient
@@ -529,7 +542,7 @@ def consult(case, number, condition, seed, model, checker, judge, save, log):
     talk(consultation)
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-59
+# %% ../../nbs/reproduce/cli.ipynb #cell-62
 def answer_sampling(
     model,         # the spec of who answers
     temperature,   # None: 1
@@ -542,7 +555,7 @@ def answer_sampling(
     room = 224 if str(model).startswith("tiny:") else 2048
     return Sampling(temperature=1.0 if temperature is None else temperature, max_tokens=max_tokens or room, seed=seed)
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-61
+# %% ../../nbs/reproduce/cli.ipynb #cell-64
 WHO = [
     option("--model", type=Spec("recorded"), metavar="SPEC",
            help="Who answers: tiny:doctor, a checkpoint folder, http://HOST:PORT/v1#NAME, "
@@ -570,7 +583,7 @@ ROWS = [
     option("--repeats", type=COUNT, default=1, metavar="K",
            help="K answers of the model to each conversation: mean and spread.")]
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-62
+# %% ../../nbs/reproduce/cli.ipynb #cell-65
 GRADING = [
     option("--order", type=click.Choice(["printed", "shared"]), default="printed",
            help="Of the grader's question: the paper's, or the type behind the conversation "
@@ -598,7 +611,7 @@ CALLS = [
            help="The run's folder; by default one under runs/healthbench."),
     option("--no-pages", is_flag=True, show_default=False, help="Write no HTML.")]
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-63
+# %% ../../nbs/reproduce/cli.ipynb #cell-66
 def run_benchmark(
     o,           # the options of `m2kit healthbench`, by name
 ) -> tuple:      # the result, and its text
@@ -616,7 +629,7 @@ def run_benchmark(
         sampling=sampling, pages=not o.no_pages, lenient=o.lenient, **common)
     return r, as_text(r)
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-64
+# %% ../../nbs/reproduce/cli.ipynb #cell-67
 @command("Run HealthBench, or rows of its format: answer, grade, score.", """
     m2kit healthbench --model tiny:doctor --grader clauses --rows clinic:40 --repeats 3     all of it here, in a minute
     m2kit healthbench --model URL#NAME --grader URL#NAME --fetch --subset hard --limit 100  --fetch downloads the file once
@@ -637,7 +650,7 @@ def healthbench(**options):
     print(f"in {run['folder']}, {run['seconds']:.0f} s, {run['asked']} calls made and {run['found']} found on record")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-65
+# %% ../../nbs/reproduce/cli.ipynb #cell-68
 @command("Compare the grader's two typed questions with a single one, on answers with known labels.", """
     m2kit typed-prompts --model http://localhost:8000/v1#Qwen3-32B --out typed.json
     m2kit typed-prompts --model SPEC --items labelled.jsonl      answers of your own, labelled""",
@@ -661,7 +674,7 @@ def typed_prompts(model, items, n, order, max_tokens, log, out):
     print(json.dumps(run(grader, out, items, n, order, max_tokens, to_stderr), indent=1))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-67
+# %% ../../nbs/reproduce/cli.ipynb #cell-70
 @command("Write a rubric for every source in a file.", """
     m2kit rubrics --model http://localhost:8000/v1#Qwen3-32B --sources sources.jsonl --out rubrics.jsonl --constrain
     m2kit rubrics --model tiny:generator --sources sources.jsonl --out rubrics.jsonl --max-tokens 220""",
@@ -688,7 +701,7 @@ def rubrics(model, sources, out, constrain, max_tokens, retries, log):
     print(f"{written} rubrics in {out}; {len(failures)} sources without one")
     return 1 if failures else 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-68
+# %% ../../nbs/reproduce/cli.ipynb #cell-71
 @command("Compare generated rubrics with experts': dimensions, points, weights, uniformity.", """
     m2kit agreement --generated rubrics.jsonl --experts experts.jsonl --referee http://localhost:8000/v1#Qwen3-32B""",
     option("--generated", type=FILE, metavar="FILE", required=True, help="Rubrics, one a line."),
@@ -706,7 +719,7 @@ def agreement(generated, experts, referee, log, seed):
     print(json.dumps(agreement_file(generated, experts, model, seed), indent=1))
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-70
+# %% ../../nbs/reproduce/cli.ipynb #cell-73
 @command("Raise the tiny doctor: mid-training, SFT and three stages of RL, with the score after each.", """
     m2kit ladder                                every stage, in about six minutes on one core; what is finished is found again
     m2kit ladder --stages base,midtrain,sft,rule               some of them, in any order that has a start
@@ -726,7 +739,7 @@ def ladder(stages, start, seed, no_scores):
         print(f"{r['stage']:10}{r['cpu']:6.0f} s{scores}  {r['path']}")
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-71
+# %% ../../nbs/reproduce/cli.ipynb #cell-74
 @command("Compare two policies on five dimensions, in both orders.", """
     m2kit pairwise tiny:doctor runs/rubric-xxxx/checkpoint --judge oracle                  the clinic's knowledge judges
     m2kit pairwise URL#new URL#old --judge URL#judge --rows cases.jsonl --out runs/pairs   rows with id and prompt (messages)""",
@@ -757,7 +770,7 @@ def pairwise(first, second, judge, rows, n, max_tokens, seed, out):
     print(compared.table().to_string())
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-72
+# %% ../../nbs/reproduce/cli.ipynb #cell-75
 @command("Write the recipes for many cards: accelerate, FSDP, DeepSpeed, TRL, verl.", """
     m2kit recipes --out recipes --cards 32 --model Qwen/Qwen2.5-32B""",
     option("--out", type=Output(folder=True), default="recipes", metavar="DIR", help="Where to."),
