@@ -19,7 +19,8 @@ _PLACES = {"ctx", "kind", "type_comment", "type_ignores"}
 
 def _prose(node) -> bool:
     "Whether a statement is a string that stands alone, or what nbdev writes: exported names, the version."
-    if isinstance(node, ast.Expr): return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     return isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("__all__", "__version__")
 
 def _joined(parts) -> list:
@@ -56,7 +57,9 @@ class Definitions:
     package: str                                   # where relative imports start: "m2kit.lm"
     defs: dict = field(default_factory=dict)       # name -> statements that bind it
     imports: dict = field(default_factory=dict)    # name -> (module, attribute or None)
-    loose: list = field(default_factory=list)      # statements that bind nothing, and methods for classes from elsewhere
+    loose: list = field(
+        default_factory=list
+    )  # statements that bind nothing, and methods for classes from elsewhere
     noted: dict = field(default_factory=dict)      # name -> what `_note` says of its statements
 
 def imports_of(
@@ -67,7 +70,11 @@ def imports_of(
     found = {}
     for n in ast.walk(tree):
         if isinstance(n, ast.Import):
-            found |= {a.asname or a.name.split(".")[0]: (a.name if a.asname else a.name.split(".")[0], None) for a in n.names}
+            found |= {
+                a.asname
+                or a.name.split(".")[0]: (a.name if a.asname else a.name.split(".")[0], None)
+                for a in n.names
+            }
         if isinstance(n, ast.ImportFrom):
             up = package.split(".")[:1 - n.level or None] if n.level else []
             base = ".".join([*up, *filter(None, [n.module])])
@@ -78,14 +85,21 @@ def imports_of(
 def _bound(node) -> list[str]:
     "Names that a top-level statement binds."
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target] if isinstance(node, ast.AnnAssign) else []
+    )
     if all(isinstance(t, (ast.Name, ast.Tuple)) for t in targets):
         return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
     return []
 
 def _patched(node) -> str | None:
     "The class that a function with fastcore's `@patch` becomes a method of."
-    marks = [getattr(d.func if isinstance(d, ast.Call) else d, "id", "") for d in getattr(node, "decorator_list", [])]
+    marks = [
+        getattr(d.func if isinstance(d, ast.Call) else d, "id", "")
+        for d in getattr(node, "decorator_list", [])
+    ]
     if not {"patch", "patch_to"} & set(marks): return None
     return getattr(node.args.args[0].annotation, "id", "") if node.args.args else ""
 
@@ -134,7 +148,10 @@ def data_read(
     for n in ast.walk(node):
         if id(n) in inner: continue
         parts, at = [], n
-        while isinstance(at, ast.BinOp) and isinstance(at.op, ast.Div): parts.append(at.right); at = at.left; inner.add(id(at))
+        while isinstance(at, ast.BinOp) and isinstance(at.op, ast.Div):
+            parts.append(at.right)
+            at = at.left
+            inner.add(id(at))
         if not (isinstance(at, ast.Call) and getattr(at.func, "id", "") == "data_dir"): continue
         known = []
         for p in reversed(parts):
@@ -154,7 +171,10 @@ def _module(name: str, folder: Path) -> Definitions | None:
     path = folder.parent.joinpath(*name.split("."))
     file = next((p for p in (path.with_suffix(".py"), path/"__init__.py") if p.is_file()), None)
     if not name.split(".")[0] == folder.name or not file: return None
-    return definitions(file.read_text(encoding="utf-8"), name if file.name == "__init__.py" else name.rpartition(".")[0])
+    return definitions(
+        file.read_text(encoding="utf-8"),
+        name if file.name == "__init__.py" else name.rpartition(".")[0],
+    )
 
 @cache
 def registered(
@@ -164,7 +184,8 @@ def registered(
     found = {}
     for file in sorted(folder.glob("*/models.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MODELS": found |= ast.literal_eval(node.value)
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MODELS":
+                found |= ast.literal_eval(node.value)
     return found
 
 # %% ../../nbs/core/closure.ipynb #cell-21
@@ -250,7 +271,9 @@ class Closure:
     @property
     def name(self) -> str:
         "The fingerprint of all of it."
-        return sha256(repr((sorted(self.modules.items()), sorted(self.data.items()))).encode()).hexdigest()[:12]
+        return sha256(
+            repr((sorted(self.modules.items()), sorted(self.data.items()))).encode()
+        ).hexdigest()[:12]
 
 def changed(
     old: dict, new: dict,   # two closures' `modules`, or their `data`
@@ -265,12 +288,17 @@ def _content(path: Path) -> str:
     if path.is_file(): return sha256(path.read_bytes()).hexdigest()[:16]
     kept = {path/"evidence", path/"tiny"}
     files = sorted(p for p in path.rglob("*") if p.is_file() and not kept & set(p.parents))
-    return sha256(repr([(p.relative_to(path).as_posix(), _content(p)) for p in files]).encode()).hexdigest()[:16]
+    return sha256(
+        repr([(p.relative_to(path).as_posix(), _content(p)) for p in files]).encode()
+    ).hexdigest()[:16]
 
 def _closed(reader, data) -> Closure:
     "What a reader met."
     reader.run()
-    modules = {m: sha256(repr(sorted(d.items())).encode()).hexdigest()[:16] for m, d in sorted(reader.found.items())}
+    modules = {
+        m: sha256(repr(sorted(d.items())).encode()).hexdigest()[:16]
+        for m, d in sorted(reader.found.items())
+    }
     return Closure(modules, {p: _content(Path(data)/p) for p in sorted(reader.data)})
 
 # %% ../../nbs/core/closure.ipynb #cell-28
@@ -318,7 +346,8 @@ def closure_of_code(
     reader, d = _Reader(Path(folder or package_dir())), definitions(source, "")
     everything = [*d.loose, *(n for nodes in d.defs.values() for n in nodes)]
     reader.take("notebook", "", everything, d)
-    for first, (module, attribute) in d.imports.items(): reader.follow(module, [attribute] if attribute else [])
+    for first, (module, attribute) in d.imports.items():
+        reader.follow(module, [attribute] if attribute else [])
     reader.seen |= {("notebook", n) for n in d.defs}
     reader.todo = [t for t in reader.todo if t[0] != "notebook"]
     return _closed(reader, data or data_dir())

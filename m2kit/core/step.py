@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from .closure import Closure, changed, closure, definitions_of
 from .errors import UserError, choose
-from .run import append_jsonl, atomic_write, commit, data_dir, fingerprint, read_jsonl, runs_dir, versions
+from .run import (
+    append_jsonl, atomic_write, commit, data_dir, fingerprint, read_jsonl, runs_dir, versions)
 
 # %% ../../nbs/core/step.ipynb #cell-6
 def place_of(
@@ -55,7 +56,10 @@ class Step:
         self.name = f"{kind}-{fingerprint(self.identity, self.closure.name, self.inputs)}"
         self.path = Path(AFRESH.get(self.identity) or Path(base or runs_dir())/self.name)
 
-    def __repr__(self): return f"Step({self.name}, {'done' if self.done is not None else f'{len(self.rows())} rows'})"
+    def __repr__(self):
+        return (
+            f"Step({self.name}, {'done' if self.done is not None else f'{len(self.rows())} rows'})"
+        )
 
 # %% ../../nbs/core/step.ipynb #cell-11
 class Made(NamedTuple):
@@ -72,7 +76,11 @@ def made(
         told = load_object(file) if file.is_file() else None
         if told and "identity" in told: return Made(told["name"], told["identity"])
     weights = sorted(path.glob("*.safetensors"))
-    if not weights: raise UserError(f"{path} is no checkpoint: it has no model.safetensors; give a folder that a training left")
+    if not weights:
+        raise UserError(
+            f"{path} is no checkpoint: it has no model.safetensors; give a folder that a training"
+            " left"
+        )
     name = f"weights-{weights_of(path)}"
     return Made(name, name)
 
@@ -91,9 +99,14 @@ def writing(
     path,      # a folder
 ):
     "Tell in a line that a folder cannot be written; what was written before stays."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        way = "free some space and run the same again" if e.errno == 28 else "name another folder, with M2KIT_RUNS=FOLDER"
+        way = (
+            "free some space and run the same again"
+            if e.errno == 28
+            else "name another folder, with M2KIT_RUNS=FOLDER"
+        )
         raise UserError(f"{path}: cannot be written ({e.strerror}); {way}") from None
 
 @patch
@@ -103,7 +116,11 @@ def open(self: Step) -> Path: # the folder
     if told and told.get("name") != self.name:
         raise UserError(f"{self.path}: holds another step, {told.get('name')}; move the folder away")
     with writing(self.path):
-        if not told: atomic_write(self.path/"config.json", json.dumps(self.told() | dict(made=provenance()), indent=1))
+        if not told:
+            atomic_write(
+                self.path / "config.json",
+                json.dumps(self.told() | dict(made=provenance()), indent=1),
+            )
         if not os.access(self.path, os.W_OK): raise PermissionError(13, "Permission denied")
     return self.path
 
@@ -136,11 +153,16 @@ def work(self: Step, tell=print):
     cpu, clock, before = time.process_time(), time.monotonic(), self.took
     outer = os.environ.get(WITHIN)
     os.environ[WITHIN] = str(self.path)
-    try: yield self
+    try:
+        yield self
     finally:
         os.environ[WITHIN] = outer or ""
-        now = dict(cpu=before["cpu"] + time.process_time() - cpu, clock=before["clock"] + time.monotonic() - clock)
-        if self.own is None or now["cpu"] - before["cpu"] > 1: atomic_write(self.path/"took.json", json.dumps(now))
+        now = dict(
+            cpu=before["cpu"] + time.process_time() - cpu,
+            clock=before["clock"] + time.monotonic() - clock,
+        )
+        if self.own is None or now["cpu"] - before["cpu"] > 1:
+            atomic_write(self.path / "took.json", json.dumps(now))
         lock.release()
 
 # %% ../../nbs/core/step.ipynb #cell-17
@@ -148,10 +170,16 @@ def load_object(
     path,              # a JSON file
 ) -> dict | None:      # None where there is no such file
     "What a step's file holds; a `UserError` with the way out when it is damaged."
-    try: return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError: return None
-    except NotADirectoryError: return None
-    except (ValueError, TypeError): raise UserError(f"{path}: damaged; delete the folder {Path(path).parent} and the step is computed again") from None
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return None
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path}: damaged; delete the folder {Path(path).parent} and the step is computed again"
+        ) from None
 
 # %% ../../nbs/core/step.ipynb #cell-19
 @patch
@@ -180,13 +208,25 @@ _ASKED = {}     # name -> what became of it, in this process
 @patch
 def ask(self: Step, found=None):
     "Note that the result was asked for, and what there is: in its folder, in the evidence, or `found` in data/tiny."
-    state, why = self.standing if not found else ("fresh" if made(found).name == self.name else "certified", [])
-    line = dict(name=self.name, kind=self.kind, identity=self.identity, standing=state, why=why, path=str(found or self.path))
+    state, why = (
+        self.standing
+        if not found
+        else ("fresh" if made(found).name == self.name else "certified", [])
+    )
+    line = dict(
+        name=self.name,
+        kind=self.kind,
+        identity=self.identity,
+        standing=state,
+        why=why,
+        path=str(found or self.path),
+    )
     within = os.environ.get(WITHIN, "")
     if _ASKED.get((self.name, within)) == line: return
     _ASKED[self.name, within] = line
     if log := os.environ.get("M2KIT_STEPS_LOG"): append_jsonl(log, line)
-    if state != "missing" and within not in ("", str(self.path)): append_jsonl(Path(within)/"uses.jsonl", line)
+    if state != "missing" and within not in ("", str(self.path)):
+        append_jsonl(Path(within) / "uses.jsonl", line)
 
 def asked(
     log=None,          # the file of a run; by default `$M2KIT_STEPS_LOG`, and else what this process asked for
@@ -228,7 +268,11 @@ def result(self: Step, compute) -> dict: # what `compute` gave
 # %% ../../nbs/core/step.ipynb #cell-22
 def evidence_mode() -> str: # "fresh", "stale" or "none"
     "Which records may stand for a step that has not run here: `$M2KIT_EVIDENCE`."
-    return choose(os.environ.get("M2KIT_EVIDENCE") or "fresh", ("fresh", "stale", "none"), "value of M2KIT_EVIDENCE")
+    return choose(
+        os.environ.get("M2KIT_EVIDENCE") or "fresh",
+        ("fresh", "stale", "none"),
+        "value of M2KIT_EVIDENCE",
+    )
 
 @lru_cache(maxsize=64)
 def _records(path, stamp) -> list[dict]:
@@ -237,7 +281,10 @@ def _records(path, stamp) -> list[dict]:
     for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try: record = json.loads(line); good = record.pop("sum") == fingerprint(record)
         except (ValueError, KeyError, AttributeError, TypeError): good = False
-        if not good: raise UserError(f"{path}:{i}: its checksum does not fit; restore it: git checkout -- {path}")
+        if not good:
+            raise UserError(
+                f"{path}:{i}: its checksum does not fit; restore it: git checkout -- {path}"
+            )
         found.append(record)
     return found
 
@@ -281,7 +328,9 @@ def record_at(
 def _tape_of(path, config, digits) -> dict:
     "A training's tape, and the definitions behind it: a replay tells which of those that changed it has seen."
     if not (tape := read_jsonl(path/"tape.jsonl")): return {}
-    known = closure(config["of"]).modules == config["modules"]      # else the code has changed since the step ran
+    known = (
+        closure(config["of"]).modules == config["modules"]
+    )  # else the code has changed since the step ran
     return dict(tape=rounded(tape, digits)) | (dict(defs=definitions_of(config["of"])) if known else {})
 
 @patch
@@ -320,7 +369,10 @@ def freshness(
     except ValueError: return "stale", [f"{record['of'].removeprefix('m2kit.')} is gone"]
     why = [w.removeprefix("m2kit.") for w in changed(record["modules"], now.modules)]
     why += [f"data/{p}" for p in changed(record["data"], now.data)]
-    why += [f"its {role}" for role in changed(record["inputs"], record["inputs"] if inputs is None else inputs)]
+    why += [
+        f"its {role}"
+        for role in changed(record["inputs"], record["inputs"] if inputs is None else inputs)
+    ]
     if not why: return "fresh", []
     equal = {c["closure"] for c in record.get("certified", ())}
     return ("certified" if now.name in equal and inputs in (None, record["inputs"]) else "stale"), why
@@ -339,7 +391,9 @@ def weights_of(
     folder,        # a checkpoint's
 ) -> str:
     "The fingerprint of a checkpoint's weights."
-    return fingerprint(*(sha256(w.read_bytes()).hexdigest() for w in sorted(Path(folder).glob("*.safetensors"))))
+    return fingerprint(
+        *(sha256(w.read_bytes()).hexdigest() for w in sorted(Path(folder).glob("*.safetensors")))
+    )
 
 def shipped(
     step: Step,       # of a tiny model
@@ -351,7 +405,10 @@ def shipped(
     told = load_object(folder/"step.json")
     if not told or step.name not in step_names(told): return None
     if told["weights"] == weights_of(folder): return folder
-    raise UserError(f"{folder}: its weights are not those of its step.json; restore them: git checkout -- {folder}")
+    raise UserError(
+        f"{folder}: its weights are not those of its step.json; restore them: git checkout --"
+        f" {folder}"
+    )
 
 def ship(
     step_path,        # the folder of a finished step that has left a checkpoint
@@ -363,5 +420,8 @@ def ship(
     folder = Path(data or data_dir())/"tiny"/told["kind"]
     with writing(folder):
         shutil.rmtree(folder, ignore_errors=True); shutil.copytree(left, folder)
-        atomic_write(folder/"step.json", json.dumps(told | dict(took=took, weights=weights_of(left)), indent=1) + "\n")
+        atomic_write(
+            folder / "step.json",
+            json.dumps(told | dict(took=took, weights=weights_of(left)), indent=1) + "\n",
+        )
     return folder

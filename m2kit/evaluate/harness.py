@@ -49,7 +49,8 @@ class Tape:
         with self.lock:
             log = self.logs.pop(part) if part in self.logs else CallLog(self.folder/f"{part:04d}.jsonl")
             self.logs[part] = log
-            while len(self.logs) > self.keep: del self.logs[next(iter(self.logs))]     # the one used longest ago
+            while len(self.logs) > self.keep:
+                del self.logs[next(iter(self.logs))]  # the one used longest ago
             return log
 
     def count(self, asked: int, found: int):
@@ -123,7 +124,9 @@ class ModelAnswers:
 
     def __call__(self, items):
         "Several answers to each item."
-        asked, samples = [list(i.row.prompt) for i in items for _ in range(self.repeats)], list(range(self.repeats))
+        asked, samples = [list(i.row.prompt) for i in items for _ in range(self.repeats)], list(
+            range(self.repeats)
+        )
         taped = Taped(self.model, self.tape, items[0].position)
         with self.turn: found = list(map(final_answer, taped.chat(asked, self.sampling, samples*len(items))))
         gone = [a.error for a in found if a.text is None]
@@ -141,7 +144,12 @@ class Judge:
         grader,               # with a method `grade`; it stays as it is
         tape: Tape,           # for its calls, if it has a `model`
     ):
-        self.grader, self.tape, self.lock, self.patience = grader, tape, threading.Lock(), Patience("verdicts")
+        self.grader, self.tape, self.lock, self.patience = (
+            grader,
+            tape,
+            threading.Lock(),
+            Patience("verdicts"),
+        )
         self.report = type(grader.report)() if hasattr(grader, "report") else None
         self.turn = one_at_a_time(getattr(grader, "model", grader))
 
@@ -159,7 +167,10 @@ def __call__(self: Judge, pairs):
     "A list of verdicts for each pair."
     if not pairs: return []
     grader = self.copy(pairs[0][0].position)
-    with self.turn: verdicts = grader.grade([(list(i.row.prompt), a.text, list(i.row.rubrics)) for i, a in pairs])
+    with self.turn:
+        verdicts = grader.grade(
+            [(list(i.row.prompt), a.text, list(i.row.rubrics)) for i, a in pairs]
+        )
     if [len(v) for v in verdicts] != [len(i.row.rubrics) for i, _ in pairs]:
         raise RuntimeError(f"{type(grader).__name__} did not give one verdict per criterion")
     if self.report: self.add(grader.report)
@@ -169,7 +180,8 @@ def __call__(self: Judge, pairs):
 def add(self: Judge, report):
     "Put another report to what there is."
     with self.lock:
-        for f in fields(report): setattr(self.report, f.name, getattr(self.report, f.name) + getattr(report, f.name))
+        for f in fields(report):
+            setattr(self.report, f.name, getattr(self.report, f.name) + getattr(report, f.name))
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-22
 def example_record(
@@ -181,7 +193,11 @@ def example_record(
     "A graded answer, as a line of `examples.jsonl`."
     points = [c.points for c in item.row.rubrics]
     low, high = bounds_of_points(points, verdicts)
-    kept = {k: item.raw[k] for k in ("prompt_id", "prompt", "rubrics", "example_tags", "canary") if k in item.raw}
+    kept = {
+        k: item.raw[k]
+        for k in ("prompt_id", "prompt", "rubrics", "example_tags", "canary")
+        if k in item.raw
+    }
     said = [dict(criteria_met=v.met, explanation=v.explanation) for v in verdicts]
     return kept | dict(
         line=item.line, position=item.position, sample=sample, completion=answer.text, cut=answer.cut,
@@ -215,7 +231,9 @@ class Batch:
     "Some rows on their way through a run."
     stop: int                                     # positions before this one have been read
     items: list = field(default_factory=list)     # those that can be used
-    faults: list = field(default_factory=list)    # (what, line, prompt_id, fault) of those with something to report
+    faults: list = field(
+        default_factory=list
+    )  # (what, line, prompt_id, fault) of those with something to report
     graded: list = field(default_factory=list)    # (item, sample, answer, verdicts)
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-30
@@ -234,7 +252,13 @@ class Harness:
         independent: bool = False, # answers to one conversation count as first samples each, not as repeats
         tell=lambda text: None,  # called with a line of progress
     ):
-        self.source, self.order, self.answers, self.judge, self.folder = source, order, answers, judge, Path(folder)
+        self.source, self.order, self.answers, self.judge, self.folder = (
+            source,
+            order,
+            answers,
+            judge,
+            Path(folder),
+        )
         self.needs, self.lenient, self.independent, self.tell = needs, lenient, independent, tell
         models = getattr(answers, "model", None), getattr(getattr(judge, "grader", None), "model", None)
         self.window, self.room, large = lanes(*models)
@@ -254,7 +278,10 @@ def run(self: Harness):
     for part in (self.answers, self.judge):
         if hasattr(part, "patience"): part.patience.end()
     if 0 < self.counts["verdicts"] == self.counts["unknown"]:
-        raise UserError(f"none of the {self.counts['verdicts']} verdicts is known; {self.folder/'examples.jsonl'} says why")
+        raise UserError(
+            f"none of the {self.counts['verdicts']} verdicts is known;"
+            f" {self.folder/'examples.jsonl'} says why"
+        )
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-33
 @patch
@@ -293,7 +320,14 @@ def grade(self: Harness,
     verdicts = iter(self.judge([(item, a) for item, _, a in found if a.text is not None]))
     for item, k, a in found:
         no_answer = Verdict(None, f"no answer: {a.error}")
-        batch.graded.append((item, k, a, next(verdicts) if a.text is not None else [no_answer]*len(item.row.rubrics)))
+        batch.graded.append(
+            (
+                item,
+                k,
+                a,
+                next(verdicts) if a.text is not None else [no_answer] * len(item.row.rubrics),
+            )
+        )
     return batch
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-37
@@ -309,7 +343,13 @@ def write(self: Harness,
         out.write(json_line(record))
         self.tally.add(item.row, vs, item.position, 0 if self.independent else k)
         unknown = sum(v.met is None for v in vs)
-        self.counts.update(answers=1, verdicts=len(vs), unknown=unknown, cut=a.cut, negative=(record["score"] or 0) < 0)
+        self.counts.update(
+            answers=1,
+            verdicts=len(vs),
+            unknown=unknown,
+            cut=a.cut,
+            negative=(record["score"] or 0) < 0,
+        )
         if a.text is None: batch.faults.append(("unanswered", item.line, item.row.prompt_id, a.error))
     for what, line, prompt_id, fault in batch.faults:
         self.counts[what] += 1
@@ -366,11 +406,25 @@ def spread_by_repeat(
     metrics: dict,        # name -> mean
 ) -> dict:                # name -> what `spread` gives; overall, themes and axes
     "The score of each repeat, by name."
-    shown = [n for n in tally.columns if n in metrics and (n == "overall_score" or n.startswith(("theme:", "axis:")))]
+    shown = [
+        n
+        for n in tally.columns
+        if n in metrics and (n == "overall_score" or n.startswith(("theme:", "axis:")))
+    ]
     return {n: spread(tally, n) for n in shown}
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-52
-COUNTED = ("conversations", "answers", "verdicts", "unknown", "unanswered", "cut", "negative", "left out", "accepted")
+COUNTED = (
+    "conversations",
+    "answers",
+    "verdicts",
+    "unknown",
+    "unanswered",
+    "cut",
+    "negative",
+    "left out",
+    "accepted",
+)
 
 def result_of(
     h: Harness,              # after its run
@@ -396,7 +450,9 @@ def _metric_line(r, name):
     if name in r["intervals"]: line += "  [{:.3f}, {:.3f}]".format(*r["intervals"][name])
     line += f"  n {r['metrics'][name + ':n_samples']}"
     each = r["by_repeat"][name]
-    return line + (f"  sd over {len(each['each'])} repeats {each['sd']:.3f}" if each["sd"] is not None else "")
+    return line + (
+        f"  sd over {len(each['each'])} repeats {each['sd']:.3f}" if each["sd"] is not None else ""
+    )
 
 def fine_print(
     r: dict,         # from `result_of`
@@ -435,7 +491,10 @@ def claim_folder(
     theirs = json.loads(path.read_text(encoding="utf-8"))
     other = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
     if other:
-        raise UserError(f"{folder} holds another run: another {', '.join(other)}; choose another --out, or delete that folder")
+        raise UserError(
+            f"{folder} holds another run: another {', '.join(other)}; choose another --out, or"
+            " delete that folder"
+        )
 
 @contextmanager
 def alone_in(
@@ -444,10 +503,18 @@ def alone_in(
     "Hold a folder; a `UserError` when it cannot be written to, or when another process holds it."
     folder = Path(folder)
     lock = FileLock(folder/".lock", timeout=0)
-    try: folder.mkdir(parents=True, exist_ok=True); lock.acquire()
-    except Timeout: raise UserError(f"another process is at work in {folder}; wait for it, or choose another --out") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is at work in {folder}; wait for it, or choose another --out"
+        ) from None
     except (OSError, NotImplementedError) as e:
-        raise UserError(f"{folder} cannot be written to ({getattr(e, 'strerror', None) or e}); choose another --out, or set M2KIT_RUNS") from None
+        raise UserError(
+            f"{folder} cannot be written to ({getattr(e, 'strerror', None) or e}); choose another"
+            " --out, or set M2KIT_RUNS"
+        ) from None
     try: yield
     finally:
         lock.release()
@@ -493,7 +560,11 @@ def check_answerer(model, physician, repeats):
     if physician:
         choose(physician, PHYSICIAN, "answers of physicians")
         if model: raise UserError("--physician grades answers that the file has; leave out --model")
-    elif not model: raise UserError("whose answers are graded? --model SPEC, --model recorded, or --physician ideal|references")
+    elif not model:
+        raise UserError(
+            "whose answers are graded? --model SPEC, --model recorded, or --physician"
+            " ideal|references"
+        )
     if repeats < 1: raise UserError(f"{repeats} answers to a conversation: ask for one at least")
 
 def who_answers(
@@ -506,7 +577,11 @@ def who_answers(
     "Who answers, from words."
     check_answerer(model, physician, repeats)
     if physician:
-        return dict(ideal=ideal_answers, references=reference_answers)[physician], (), dict(name=f"physicians ({physician})")
+        return (
+            dict(ideal=ideal_answers, references=reference_answers)[physician],
+            (),
+            dict(name=f"physicians ({physician})"),
+        )
     if model == "recorded": return recorded_answers, ("completion",), dict(name="recorded")
     sampling = sampling or Sampling(temperature=1.0, max_tokens=answer_room(model, 2048), seed=asked.seed)
     answers = ModelAnswers(asked.open(model), sampling, repeats, asked.tape)
@@ -531,7 +606,11 @@ def who_grades(
         greedy = Sampling(temperature=0.0, max_tokens=answer_room(spec, 1024), seed=asked.seed)
         found = LMGrader(None, **{"sampling": greedy} | (grading or {}))
         found.model = asked.open(grader)
-    about = dict(sampling=found.sampling.identity, **{k: getattr(found, k) for k in _ASKS}) if isinstance(found, LMGrader) else {}
+    about = (
+        dict(sampling=found.sampling.identity, **{k: getattr(found, k) for k in _ASKS})
+        if isinstance(found, LMGrader)
+        else {}
+    )
     name = found.model.name if hasattr(found, "model") else getattr(found, "name", type(found).__name__)
     return Judge(found, asked.tape), (), dict(name=name, spec=spec, **about)
 
@@ -561,12 +640,28 @@ def run_healthbench(
     "Run HealthBench, or a file of its format: answer, grade, score. The same again goes on from where it was killed."
     began = time.monotonic()
     check_answerer(model, physician, repeats)
-    if isinstance(grader, str) and grader == "recorded" and not (isinstance(model, str) and model == "recorded"):
-        raise UserError("recorded verdicts are verdicts on the recorded answers: use --model recorded with --grader recorded")
+    if (
+        isinstance(grader, str)
+        and grader == "recorded"
+        and not (isinstance(model, str) and model == "recorded")
+    ):
+        raise UserError(
+            "recorded verdicts are verdicts on the recorded answers: use --model recorded with"
+            " --grader recorded"
+        )
     source = Source(find_rows(rows, subset, fetch, tell))
     order = chosen(source, limit, seed, physician, group)
     lenient = source.published is not None if lenient is None else lenient
-    settings = dict(seed=seed, physician=physician, group=group, lenient=lenient, limit=limit, repeats=repeats, chunk=chunk, bootstrap=bootstrap)
+    settings = dict(
+        seed=seed,
+        physician=physician,
+        group=group,
+        lenient=lenient,
+        limit=limit,
+        repeats=repeats,
+        chunk=chunk,
+        bootstrap=bootstrap,
+    )
     folder = Path(out or default_folder(label(model, physician), source.path, label(grader)))
     with alone_in(folder):
         asked = Asked(Tape(folder/"calls"), seed, options or {}, tell)
@@ -594,8 +689,15 @@ def conclude(
     "Write the result, and the pages."
     result = result_of(h, settings, settings["bootstrap"], settings["seed"])
     if (report := getattr(h.judge, "report", None)):
-        result["grader"] |= dict(replies=report.replies, asked_again=report.retries, faults=dict(report.faults))
-    result["this_run"] = dict(folder=str(h.folder), seconds=round(time.monotonic() - began, 1), asked=tape.asked, found=tape.found)
+        result["grader"] |= dict(
+            replies=report.replies, asked_again=report.retries, faults=dict(report.faults)
+        )
+    result["this_run"] = dict(
+        folder=str(h.folder),
+        seconds=round(time.monotonic() - began, 1),
+        asked=tape.asked,
+        found=tape.found,
+    )
     atomic_write(h.folder/"result.json", json.dumps(result, indent=1, ensure_ascii=False))
     if pages: write_pages(h.folder)
     return result
@@ -608,5 +710,11 @@ def runs_on(
     "Our finished runs on a published file, with a model's answers."
     paths = sorted(Path(folder or runs_dir()/"healthbench").glob("*/result.json"))
     found = [json.loads(p.read_text(encoding="utf-8")) for p in paths]
-    ours = [r for r in found if r["data"]["published"] == published and r["model"].get("sampling") and r["score"] is not None]
+    ours = [
+        r
+        for r in found
+        if r["data"]["published"] == published
+        and r["model"].get("sampling")
+        and r["score"] is not None
+    ]
     return sorted(ours, key=lambda r: r["model"]["name"])

@@ -25,8 +25,15 @@ class Grid:
     symmetric: bool = True  # no zero point
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 8: raise UserError(f"{self.bits} bits: this grid has 2 to 8; 16 is what the checkpoint has already")
-        if self.group < 0: raise UserError(f"group {self.group}: give the number of inputs that share a scale, e.g. 128, or 0 for whole rows")
+        if not 2 <= self.bits <= 8:
+            raise UserError(
+                f"{self.bits} bits: this grid has 2 to 8; 16 is what the checkpoint has already"
+            )
+        if self.group < 0:
+            raise UserError(
+                f"group {self.group}: give the number of inputs that share a scale, e.g. 128, or 0"
+                " for whole rows"
+            )
 
     @property
     def low(self) -> int:
@@ -50,7 +57,11 @@ def grouped(
 ) -> torch.Tensor:       # (out, groups, group), a view
     "The weights, group by group; a `UserError` when the inputs do not divide."
     g = group or w.shape[1]
-    if w.shape[1] % g: raise UserError(f"{w.shape[1]} inputs do not divide into groups of {g}; choose a group that divides them (the largest power of two is {w.shape[1] & -w.shape[1]}), or 0 for whole rows")
+    if w.shape[1] % g:
+        raise UserError(
+            f"{w.shape[1]} inputs do not divide into groups of {g}; choose a group that divides"
+            f" them (the largest power of two is {w.shape[1] & -w.shape[1]}), or 0 for whole rows"
+        )
     return w.view(len(w), -1, g)
 
 def find_scales(
@@ -60,7 +71,10 @@ def find_scales(
 ) -> tuple:                           # scale and zero point, (out, groups); the zero point is a whole number
     "Scale and zero point of every group, from its smallest and largest weight."
     x = grouped(w, grid.group)
-    lo, hi = x.amin(-1).clamp(max=0)*(shrink if shrink_low is None else shrink_low), x.amax(-1).clamp(min=0)*shrink
+    lo, hi = (
+        x.amin(-1).clamp(max=0) * (shrink if shrink_low is None else shrink_low),
+        x.amax(-1).clamp(min=0) * shrink,
+    )
     steps = grid.high - grid.low
     scale = torch.maximum(-lo, hi)*2/steps if grid.symmetric else (hi - lo)/steps
     scale = torch.where(scale == 0, torch.finfo(w.dtype).eps, scale)
@@ -149,8 +163,13 @@ def inverse_factor(
     d = h.diagonal()
     d[d == 0] = 1                            # an input that is always 0: anything will do
     d += damp*d.mean()
-    try: return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    except torch.linalg.LinAlgError: raise UserError(f"the Hessian of {len(h)} inputs cannot be inverted at damping {damp}; raise damp (0.1), or calibrate on more text") from None
+    try:
+        return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    except torch.linalg.LinAlgError:
+        raise UserError(
+            f"the Hessian of {len(h)} inputs cannot be inverted at damping {damp}; raise damp"
+            " (0.1), or calibrate on more text"
+        ) from None
 
 # %% ../../nbs/infer/quantize.ipynb #cell-24
 def gptq(
@@ -164,8 +183,16 @@ def gptq(
     "Round column by column; the columns still free make up for the error (GPTQ, algorithm 1)."
     scale, zero = find_scales(w, grid)
     n, dtype = w.shape[1], hessian.dtype
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(n, device=w.device)
-    u, free, codes = inverse_factor(hessian[order][:, order], damp), w.to(dtype)[:, order], torch.zeros_like(w, dtype=dtype)
+    order = (
+        hessian.diagonal().argsort(descending=True, stable=True)
+        if act_order
+        else torch.arange(n, device=w.device)
+    )
+    u, free, codes = (
+        inverse_factor(hessian[order][:, order], damp),
+        w.to(dtype)[:, order],
+        torch.zeros_like(w, dtype=dtype),
+    )
     for a in range(0, n, block):
         b, errors = min(a + block, n), []
         for i in range(a, b):
@@ -235,11 +262,18 @@ def auto_round(
     def loss_of(batch):
         "Mean squared error of the block's output."
         args, kwargs, target, mask = batch
-        out = first(functional_call(block, {f"{n}.weight".lstrip("."): r()[0] for n, r in rounding.items()}, args, kwargs))
+        out = first(
+            functional_call(
+                block,
+                {f"{n}.weight".lstrip("."): r()[0] for n, r in rounding.items()},
+                args,
+                kwargs,
+            )
+        )
         e = (out - target).square()
         return e.mean() if mask is None else e[mask].mean()
     for i in range(steps + 1):
-        if i % max(1, steps//4) == 0:                                       # now and then on everything: is this the best so far?
+        if i % max(1, steps // 4) == 0:  # now and then on everything: is this the best so far?
             with torch.no_grad(): now = sum(loss_of(b).item() for b in batches)/len(batches)
             if now < best[0]: best = now, {n: r.result() for n, r in rounding.items()}
         if i == steps: return best[1]
@@ -252,11 +286,23 @@ def check_model(
     grid: Grid | None = None,  # None: do not look at shapes
 ) -> list:                     # its decoder layers
     "The decoder layers; a `UserError` when the model is none that this kit quantizes."
-    if getattr(model.config, "quantization_config", None): raise UserError(f"this {model.config.model_type} checkpoint is quantized already ({quant_method(model.config)}); start from the unquantized one")
+    if getattr(model.config, "quantization_config", None):
+        raise UserError(
+            f"this {model.config.model_type} checkpoint is quantized already"
+            f" ({quant_method(model.config)}); start from the unquantized one"
+        )
     decoder(model.config)
-    if not all(w.dtype.is_floating_point and w.dtype.itemsize > 1 for w in model.parameters()): raise UserError("this model's weights are no 16- or 32-bit floats, so it is quantized already; start from the unquantized checkpoint")
+    if not all(w.dtype.is_floating_point and w.dtype.itemsize > 1 for w in model.parameters()):
+        raise UserError(
+            "this model's weights are no 16- or 32-bit floats, so it is quantized already; start"
+            " from the unquantized checkpoint"
+        )
     for i, layer in enumerate(model.model.layers):
-        if not (found := linears(layer)): raise UserError(f"decoder layer {i} has no plain linear layers (they may be adapters or packed); merge or unpack them first")
+        if not (found := linears(layer)):
+            raise UserError(
+                f"decoder layer {i} has no plain linear layers (they may be adapters or packed);"
+                " merge or unpack them first"
+            )
         for name, m in found.items():
             try: grid and grouped(m.weight, grid.group)
             except UserError as e: raise UserError(f"model.layers.{i}.{name}: {e}") from None
@@ -271,7 +317,11 @@ def linears(
 def quant_method(config) -> str:
     "What the config says it was quantized with."
     c = config.quantization_config
-    return str(c.get("quant_method", "unknown") if isinstance(c, dict) else getattr(c, "quant_method", "unknown"))
+    return str(
+        c.get("quant_method", "unknown")
+        if isinstance(c, dict)
+        else getattr(c, "quant_method", "unknown")
+    )
 
 # %% ../../nbs/infer/quantize.ipynb #cell-42
 class _Caught(Exception): "Thrown to stop a model at its first decoder layer."
@@ -336,7 +386,14 @@ def quantize_layer(
 ) -> dict:              # name -> Quantized
     "All matrices of a decoder layer, which is left as it was."
     if method == "nearest": return {n: nearest(m.weight.detach(), grid) for n, m in linears(layer).items()}
-    if method == "autoround": return auto_round(layer, list(linears(layer)), [((h,), kw, t, k) for (h, kw), t, k in zip(inputs, targets, keep)], grid, **options)
+    if method == "autoround":
+        return auto_round(
+            layer,
+            list(linears(layer)),
+            [((h,), kw, t, k) for (h, kw), t, k in zip(inputs, targets, keep)],
+            grid,
+            **options
+        )
     hessians = layer_hessians(layer, inputs, keep)
     return {n: gptq(m.weight.detach(), hessians[n], grid, **options) for n, m in linears(layer).items()}
 
@@ -351,11 +408,17 @@ def quantize_model(
 ) -> dict:                # full name -> Quantized
     "Quantize every linear layer of the decoder."
     layers = check_model(model, grid)
-    if choose(method, METHODS, "method") != "nearest" and not len(batches): raise UserError(f"{method} needs calibration text; pass batches, or use method='nearest'")
+    if choose(method, METHODS, "method") != "nearest" and not len(batches):
+        raise UserError(f"{method} needs calibration text; pass batches, or use method='nearest'")
     inputs, keep, out = first_inputs(model, batches), [m.bool() for _, m in batches], {}
     targets = [h for h, _ in inputs]
     for i, layer in enumerate(layers):
-        with torch.no_grad(): targets = [first(layer(t, **kw)) for t, (_, kw) in zip(targets, inputs)] if method == "autoround" else targets
+        with torch.no_grad():
+            targets = (
+                [first(layer(t, **kw)) for t, (_, kw) in zip(targets, inputs)]
+                if method == "autoround"
+                else targets
+            )
         made = quantize_layer(layer, inputs, targets, keep, grid, method, **options)
         for n, q in made.items(): layer.get_submodule(n).weight.data = q.weight
         with torch.no_grad(): inputs = [(first(layer(h, **kw)), kw) for h, kw in inputs]

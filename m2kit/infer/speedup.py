@@ -32,8 +32,19 @@ def speedup(
     return tau/(verify + depth*draft)
 
 # %% ../../nbs/infer/speedup.ipynb #cell-11
-RATES = {"T4": (320, 65), "L4": (300, 121), "A10": (600, 125), "RTX 3090": (936, 71), "RTX 4090": (1008, 165), "RTX 5090": (1792, 209), "A100 40GB": (1555, 312), "L40S": (864, 362),
-         "A100 80GB": (2039, 312), "H100 80GB": (3350, 989), "H200": (4800, 989)}  # card -> GB/s, TFLOP/s
+RATES = {
+    "T4": (320, 65),
+    "L4": (300, 121),
+    "A10": (600, 125),
+    "RTX 3090": (936, 71),
+    "RTX 4090": (1008, 165),
+    "RTX 5090": (1792, 209),
+    "A100 40GB": (1555, 312),
+    "L40S": (864, 362),
+    "A100 80GB": (2039, 312),
+    "H100 80GB": (3350, 989),
+    "H200": (4800, 989),
+}  # card -> GB/s, TFLOP/s
 
 def roofline(
     read: float,      # bytes
@@ -54,9 +65,14 @@ def target_seconds(
 ) -> float:                 # seconds, at peak rates
     "One pass of the target."
     d = decoder(config)
-    table = 0 if d.tied else 2*d.vocab*d.hidden                       # of the two tables only the output layer is read in whole
+    table = (
+        0 if d.tied else 2 * d.vocab * d.hidden
+    )  # of the two tables only the output layer is read in whole
     read = sum(weight_bytes(config, weights).values()) - table + kv_bytes(config, kv)*(context + tokens)
-    flops = 2*tokens*(parameters(config) - (0 if d.tied else d.vocab*d.hidden)) + 4*tokens*context*d.layers*d.heads*d.head_dim
+    flops = (
+        2 * tokens * (parameters(config) - (0 if d.tied else d.vocab * d.hidden))
+        + 4 * tokens * context * d.layers * d.heads * d.head_dim
+    )
     return roofline(read, flops, card)
 
 def draft_seconds(
@@ -113,9 +129,13 @@ def ratio_of_times(
     return float(np.median(t[:, 0])), found
 
 # %% ../../nbs/infer/speedup.ipynb #cell-24
-SIZES = {"0.5M": dict(hidden_size=128, num_hidden_layers=2, intermediate_size=384), "3.4M": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=768),
-         "10M": dict(hidden_size=512, num_hidden_layers=3, intermediate_size=1536), "29M": dict(hidden_size=512, num_hidden_layers=9, intermediate_size=1536),
-         "72M": dict(hidden_size=768, num_hidden_layers=11, intermediate_size=2048)}
+SIZES = {
+    "0.5M": dict(hidden_size=128, num_hidden_layers=2, intermediate_size=384),
+    "3.4M": dict(hidden_size=256, num_hidden_layers=4, intermediate_size=768),
+    "10M": dict(hidden_size=512, num_hidden_layers=3, intermediate_size=1536),
+    "29M": dict(hidden_size=512, num_hidden_layers=9, intermediate_size=1536),
+    "72M": dict(hidden_size=768, num_hidden_layers=11, intermediate_size=2048),
+}
 
 def random_target(
     size: str,           # a name in `SIZES`
@@ -126,7 +146,16 @@ def random_target(
     from transformers import Qwen3Config, Qwen3ForCausalLM
     s = SIZES[choose(size, SIZES, "size")]
     with torch.random.fork_rng(devices=[]):
-        return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab, num_attention_heads=s["hidden_size"]//64, num_key_value_heads=max(1, s["hidden_size"]//128), head_dim=64, tie_word_embeddings=True, **s)).eval()
+        return Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=vocab,
+                num_attention_heads=s["hidden_size"] // 64,
+                num_key_value_heads=max(1, s["hidden_size"] // 128),
+                head_dim=64,
+                tie_word_embeddings=True,
+                **s
+            )
+        ).eval()
 
 # %% ../../nbs/infer/speedup.ipynb #cell-26
 def costs(
@@ -153,7 +182,11 @@ def _passes(target, draft, context: int):
     @torch.no_grad()
     def read(n):
         "n tokens through the target."
-        target(torch.zeros(1, n, dtype=torch.long, device=target.device), past_key_values=cache, use_cache=True)
+        target(
+            torch.zeros(1, n, dtype=torch.long, device=target.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
         keep_columns(cache, context)
     @torch.no_grad()
     def step():
@@ -161,7 +194,14 @@ def _passes(target, draft, context: int):
         head(draft.norm(draft(wide[:, :1], wide[:, :1], place[:, -1:], None, slots)))
         keep_columns(slots, context)
     read(context)
-    with torch.no_grad(): draft(wide, wide, place[:, :-1], additive(torch.ones(context, context, dtype=torch.bool).tril(), wide), slots)
+    with torch.no_grad():
+        draft(
+            wide,
+            wide,
+            place[:, :-1],
+            additive(torch.ones(context, context, dtype=torch.bool).tril(), wide),
+            slots,
+        )
     return read, step
 
 # %% ../../nbs/infer/speedup.ipynb #cell-32
@@ -183,5 +223,7 @@ def race(
     a, n, b, m = np.array(rows, float).T
     def pace(tokens, seconds): return tokens.sum(-1)/seconds.sum(-1)
     def faster(rows): return pace(m[rows], b[rows])/pace(n[rows], a[rows])
-    ratio = Estimate(faster(np.arange(len(a))), *bootstrap(faster, len(a), seed), len(a), "prompts", least=FEW)
+    ratio = Estimate(
+        faster(np.arange(len(a))), *bootstrap(faster, len(a), seed), len(a), "prompts", least=FEW
+    )
     return dict(alone=pace(n, a), **{"with": pace(m, b)}, ratio=ratio, decoded=decoded)

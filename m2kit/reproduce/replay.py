@@ -59,7 +59,14 @@ def tokens_unequal(
 # %% ../../nbs/reproduce/replay.ipynb #c13
 TOLERANCE = 2e-3                       # relative, of numbers
 SHARES = dict(answers=1e-3, replies=.02, rows=0.)   # of tokens, of the patient's replies, of tasks
-NEEDS_WEIGHTS = {"logp_sums", "grad_norm", "entropy", "held_entropy", "lessons", "lessons_se"}   # a late step has none
+NEEDS_WEIGHTS = {
+    "logp_sums",
+    "grad_norm",
+    "entropy",
+    "held_entropy",
+    "lessons",
+    "lessons_se",
+}  # a late step has none
 
 class Compared(NamedTuple):
     "One comparison."
@@ -142,12 +149,14 @@ def steps(self: Replay,
     keep=None,       # called with the recorded rows that are passed over; what it gives, or raises, is the stop rule's
 ):
     "The first steps, and the last one as a late step. The training must end where the record does."
-    if self.folder and not (self.folder/"config.json").is_file(): raise UserError("the code makes another step of the record's settings")
+    if self.folder and not (self.folder / "config.json").is_file():
+        raise UserError("the code makes another step of the record's settings")
     if self.entry: self.end({})
     last = max(self.rows)
     for step in range(min(FIRST, last + 1)): self.open(step); yield step
     for step in range(FIRST, last):
-        if keep and keep(self.rows[step]): return self.compared.append(Compared(step, "stop rule", math.inf, 0.))
+        if keep and keep(self.rows[step]):
+            return self.compared.append(Compared(step, "stop rule", math.inf, 0.0))
     if last >= FIRST:
         self.late = True
         self.open(last); yield last
@@ -240,7 +249,8 @@ class Replayed:
     cpu: float = 0.                                # seconds
 
     @property
-    def agrees(self) -> bool: return not self.error and bool(self.compared) and all(c.agrees for c in self.compared)
+    def agrees(self) -> bool:
+        return not self.error and bool(self.compared) and all(c.agrees for c in self.compared)
 
     @property
     def worst(self) -> list[Compared]:
@@ -274,7 +284,8 @@ def replay(
         except Exception as e: out.error = f"{type(e).__name__}: {e}".removeprefix("UserError: ")
         told = load_object(folder/"config.json") or {}
     if "tape" in locals(): out.compared = tape.compared
-    if not out.error and not tape.played: out.error = "nothing was replayed: the code makes another step of the record's settings"
+    if not out.error and not tape.played:
+        out.error = "nothing was replayed: the code makes another step of the record's settings"
     out.name, out.inputs, out.reached = told.get("name", ""), told.get("inputs", {}), reached(seen)
     out.cpu = time.process_time() - begin
     return out
@@ -284,7 +295,9 @@ def experiment(
     record: dict,    # of the evidence
 ) -> tuple:          # kind, and the settings without the seed
     "What the seeds of an experiment have in common."
-    return record["kind"], json.dumps({k: v for k, v in record["settings"].items() if k != "seed"}, sort_keys=True)
+    return record["kind"], json.dumps(
+        {k: v for k, v in record["settings"].items() if k != "seed"}, sort_keys=True
+    )
 
 def taped(
     names=(),        # kinds of steps, or names of single ones; all by default
@@ -320,11 +333,23 @@ def told(
 ) -> str:
     "A replay in a line: what was compared, and the largest difference or what does not agree."
     if r.error: return f"{title}: does not agree: {r.error}"
-    bad = [f"{c.what} at step {c.step} ({'not as recorded' if c.difference == math.inf else f'by {c.difference:.2g}, allowed {c.allowed:g}'})" for c in r.worst if not c.agrees]
+    bad = [
+        f"{c.what} at step {c.step}"
+        f" ({'not as recorded' if c.difference == math.inf else f'by {c.difference:.2g}, allowed {c.allowed:g}'})"
+        for c in r.worst
+        if not c.agrees
+    ]
     if bad: return f"{title}: does not agree: {'; '.join(bad)}"
     largest = max(c.difference for c in r.compared if c.what not in SHARES)
-    draws = "".join(f", {c.difference:.2%} of {c.what} drawn otherwise" for c in r.worst if c.what in SHARES and c.difference)
-    return f"{title}: agrees, {len(r.compared)} comparisons, largest difference {largest:.1g} (allowed {TOLERANCE:g}){draws}"
+    draws = "".join(
+        f", {c.difference:.2%} of {c.what} drawn otherwise"
+        for c in r.worst
+        if c.what in SHARES and c.difference
+    )
+    return (
+        f"{title}: agrees, {len(r.compared)} comparisons, largest difference {largest:.1g} (allowed"
+        f" {TOLERANCE:g}){draws}"
+    )
 
 # %% ../../nbs/reproduce/replay.ipynb #c34
 def replay_all(
@@ -366,9 +391,15 @@ def certified(
     record, now = out.record, closure(out.record["of"])
     if freshness(record)[0] == "fresh": return "fresh already"
     if not out.agrees: return "not certified: the replay does not agree"
-    if blind := unseen(record, out.reached): return f"not certified: the replay does not reach {', '.join(blind)}"
+    if blind := unseen(record, out.reached):
+        return f"not certified: the replay does not reach {', '.join(blind)}"
     same = [r for r in records(record["kind"], data) if experiment(r) == experiment(record)]
-    same = [r for r in same if (r["modules"], r["data"], r["inputs"]) == (record["modules"], record["data"], record["inputs"])]
+    same = [
+        r
+        for r in same
+        if (r["modules"], r["data"], r["inputs"])
+        == (record["modules"], record["data"], record["inputs"])
+    ]
     modules = sorted(out.reached)
     note = lambda r: dict(name=f"{r['kind']}-{fingerprint(r['identity'], now.name, out.inputs)}",
                           closure=now.name, commit=commit(), reached=modules)

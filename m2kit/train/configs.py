@@ -33,14 +33,34 @@ def training_memory(
 ) -> dict:                   # GiB a card, by part, with "total", "card" and "fits"
     "An estimate of what a training step takes on each card."
     d, n = decoder(config), parameters(config)
-    linear = d.layers*lora*(2*d.heads*d.head_dim + 2*d.kv_heads*d.head_dim + 4*d.hidden + 3*(d.hidden + d.intermediate))
+    linear = (
+        d.layers
+        * lora
+        * (
+            2 * d.heads * d.head_dim
+            + 2 * d.kv_heads * d.head_dim
+            + 4 * d.hidden
+            + 3 * (d.hidden + d.intermediate)
+        )
+    )
     learned = linear if lora else n
-    frozen = n*(.5 + 1/64 if four_bit else 2) if lora else 0                      # NF4: 4 bits, and a scale for 64 weights in 1 byte
+    frozen = (
+        n * (0.5 + 1 / 64 if four_bit else 2) if lora else 0
+    )  # NF4: 4 bits, and a scale for 64 weights in 1 byte
     layer = (n - d.vocab*d.hidden*(1 if d.tied else 2))/d.layers
-    parts = dict(states=16*learned/cards, frozen=frozen if four_bit else frozen/cards, gathered=0 if four_bit else 2*(2*layer + d.vocab*d.hidden*(1 if d.tied else 2)),
-                 activations=2*tokens*(d.layers*d.hidden + 8*d.hidden + 4*d.intermediate), logits=2*4*tokens*d.vocab, vllm=generate*card_bytes(card), spare=spare*GIB)
+    parts = dict(
+        states=16 * learned / cards,
+        frozen=frozen if four_bit else frozen / cards,
+        gathered=0 if four_bit else 2 * (2 * layer + d.vocab * d.hidden * (1 if d.tied else 2)),
+        activations=2 * tokens * (d.layers * d.hidden + 8 * d.hidden + 4 * d.intermediate),
+        logits=2 * 4 * tokens * d.vocab,
+        vllm=generate * card_bytes(card),
+        spare=spare * GIB,
+    )
     total = sum(parts.values())
-    return {k: v/GIB for k, v in parts.items()} | dict(total=total/GIB, card=card_bytes(card)/GIB, fits=total <= card_bytes(card))
+    return {k: v / GIB for k, v in parts.items()} | dict(
+        total=total / GIB, card=card_bytes(card) / GIB, fits=total <= card_bytes(card)
+    )
 
 # %% ../../nbs/train/configs.ipynb #cell-14
 def cards_needed(
@@ -49,12 +69,21 @@ def cards_needed(
     **setting,          # of `training_memory`
 ) -> int:
     "The fewest whole nodes' cards on which a step fits."
-    fit = next((n for n in range(per_node, most + 1, per_node) if training_memory(n, **setting)["fits"]), None)
-    if fit is None: raise UserError(f"a step does not fit on {most} cards: what each card works on is too large by itself; take fewer tokens at once, adapters (lora=16, four_bit=True), or larger cards")
+    fit = next(
+        (n for n in range(per_node, most + 1, per_node) if training_memory(n, **setting)["fits"]),
+        None,
+    )
+    if fit is None:
+        raise UserError(
+            f"a step does not fit on {most} cards: what each card works on is too large by itself;"
+            " take fewer tokens at once, adapters (lora=16, four_bit=True), or larger cards"
+        )
     return fit
 
 # %% ../../nbs/train/configs.ipynb #cell-18
-LAYERS = dict(qwen2="Qwen2DecoderLayer", qwen3="Qwen3DecoderLayer", llama="LlamaDecoderLayer")   # what a model family calls its layer
+LAYERS = dict(
+    qwen2="Qwen2DecoderLayer", qwen3="Qwen3DecoderLayer", llama="LlamaDecoderLayer"
+)  # what a model family calls its layer
 KINDS = ("fsdp2", "zero3", "cpu")   # the last: plain data parallelism in processes, to try the script out
 
 def accelerate_config(
@@ -67,20 +96,69 @@ def accelerate_config(
     "How `accelerate launch` starts the processes."
     choose(kind, KINDS, "kind of launch"), choose(family, LAYERS, "model family")
     nodes = 1 if kind == "cpu" else math.ceil(cards/per_node)
-    if nodes > 1 and cards % per_node: raise UserError(f"{cards} cards are no whole number of nodes of {per_node}; accelerate starts as many processes on every node")
-    common = dict(compute_environment="LOCAL_MACHINE", debug=False, main_training_function="main", num_machines=nodes, num_processes=cards, machine_rank=0, rdzv_backend="static", same_network=True, use_cpu=kind == "cpu")
+    if nodes > 1 and cards % per_node:
+        raise UserError(
+            f"{cards} cards are no whole number of nodes of {per_node}; accelerate starts as many"
+            " processes on every node"
+        )
+    common = dict(
+        compute_environment="LOCAL_MACHINE",
+        debug=False,
+        main_training_function="main",
+        num_machines=nodes,
+        num_processes=cards,
+        machine_rank=0,
+        rdzv_backend="static",
+        same_network=True,
+        use_cpu=kind == "cpu",
+    )
     if nodes > 1: common |= dict(main_process_ip=address, main_process_port=29500)
-    if kind == "cpu": return common | dict(distributed_type="MULTI_GPU" if cards > 1 else "NO", mixed_precision="no")   # what accelerate calls MULTI_CPU needs MPI; this starts plain processes
-    if kind == "zero3": return common | dict(distributed_type="DEEPSPEED", deepspeed_config=dict(deepspeed_config_file="deepspeed_zero3.json", zero3_init_flag=True, deepspeed_multinode_launcher="standard"))
-    return common | dict(distributed_type="FSDP", mixed_precision="bf16", fsdp_config=dict(
-        fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", fsdp_transformer_layer_cls_to_wrap=LAYERS[family], fsdp_reshard_after_forward=True, fsdp_offload_params=False,
-        fsdp_cpu_ram_efficient_loading=True, fsdp_state_dict_type="SHARDED_STATE_DICT", fsdp_activation_checkpointing=False))   # TRL's own gradient checkpointing is on
+    if kind == "cpu":
+        return common | dict(
+            distributed_type="MULTI_GPU" if cards > 1 else "NO", mixed_precision="no"
+        )  # what accelerate calls MULTI_CPU needs MPI; this starts plain processes
+    if kind == "zero3":
+        return common | dict(
+            distributed_type="DEEPSPEED",
+            deepspeed_config=dict(
+                deepspeed_config_file="deepspeed_zero3.json",
+                zero3_init_flag=True,
+                deepspeed_multinode_launcher="standard",
+            ),
+        )
+    return common | dict(
+        distributed_type="FSDP",
+        mixed_precision="bf16",
+        fsdp_config=dict(
+            fsdp_version=2,
+            fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+            fsdp_transformer_layer_cls_to_wrap=LAYERS[family],
+            fsdp_reshard_after_forward=True,
+            fsdp_offload_params=False,
+            fsdp_cpu_ram_efficient_loading=True,
+            fsdp_state_dict_type="SHARDED_STATE_DICT",
+            fsdp_activation_checkpointing=False,
+        ),
+    )  # TRL's own gradient checkpointing is on
 
 def deepspeed_config() -> dict:
     "ZeRO-3: parameters, gradients and moments in shares. `auto` is filled in by the trainer."
-    return dict(bf16=dict(enabled="auto"), gradient_clipping="auto", gradient_accumulation_steps="auto", train_micro_batch_size_per_gpu="auto", train_batch_size="auto",
-                zero_optimization=dict(stage=3, overlap_comm=True, contiguous_gradients=True, reduce_bucket_size="auto", stage3_prefetch_bucket_size="auto",
-                                       stage3_param_persistence_threshold="auto", stage3_gather_16bit_weights_on_model_save=True))
+    return dict(
+        bf16=dict(enabled="auto"),
+        gradient_clipping="auto",
+        gradient_accumulation_steps="auto",
+        train_micro_batch_size_per_gpu="auto",
+        train_batch_size="auto",
+        zero_optimization=dict(
+            stage=3,
+            overlap_comm=True,
+            contiguous_gradients=True,
+            reduce_bucket_size="auto",
+            stage3_prefetch_bucket_size="auto",
+            stage3_param_persistence_threshold="auto",
+            stage3_gather_16bit_weights_on_model_save=True,
+        ),
+    )
 
 # %% ../../nbs/train/configs.ipynb #cell-23
 SIZES = ("prompts", "group", "max_new")   # what a recipe takes from the scale
@@ -90,16 +168,27 @@ def recipe_arguments():
     import argparse
     p = argparse.ArgumentParser(description="GRPO by equation 2, on TRL")
     add = p.add_argument
-    add("--scale", default="paper", help=f"how big, one of {', '.join(SCALES)}: sizes and device, where no other are given")
+    add(
+        "--scale",
+        default="paper",
+        help=f"how big, one of {', '.join(SCALES)}: sizes and device, where no other are given",
+    )
     add("--model", default="", help="a checkpoint folder, or a name; the paper's at the scale paper")
     add("--tasks", default="", help="JSON lines with prompt and rubric; the synthetic clinic without it")
-    add("--grader", default="", help="what grades: a model as `m2kit` names it (http://HOST:PORT/v1#NAME, a folder); "
-                                     "the clinic's clause grader without it")
+    add(
+        "--grader",
+        default="",
+        help=(
+            "what grades: a model as `m2kit` names it (http://HOST:PORT/v1#NAME, a folder); "
+            "the clinic's clause grader without it"
+        ),
+    )
     add("--out", default="grpo", help="folder of the run")
     add("--vllm", default="", choices=("", "colocate", "server"), help="who generates")
     add("--qlora", type=int, default=0, help="rank of adapters on 4-bit weights; 0 trains the whole model")
     for name in SIZES: add(f"--{name}", type=int, help="by default the scale's")
-    for name, default in dict(steps=200, save_every=20, seed=0).items(): add(f"--{name}", type=int, default=default)
+    for name, default in dict(steps=200, save_every=20, seed=0).items():
+        add(f"--{name}", type=int, default=default)
     for name, default in dict(lr=1e-6, coef=4.).items(): add(f"--{name}", type=float, default=default)
     return p
 
@@ -110,10 +199,13 @@ def at_scale(
     scale = get_scale(args.scale)
     for name in SIZES: setattr(args, name, getattr(args, name) or getattr(scale, name))
     args.model = args.model or scale.model
-    if not args.model: raise UserError(f"the scale {scale.name} has no model of its own; name one: --model FOLDER")
+    if not args.model:
+        raise UserError(f"the scale {scale.name} has no model of its own; name one: --model FOLDER")
     if args.max_new >= scale.context:
-        raise UserError(f"answers of {args.max_new} tokens leave no room for a prompt in the {scale.context} tokens "
-                        f"of the scale {scale.name}; take a smaller --max_new, or a larger --scale")
+        raise UserError(
+            f"answers of {args.max_new} tokens leave no room for a prompt in the {scale.context}"
+            f" tokens of the scale {scale.name}; take a smaller --max_new, or a larger --scale"
+        )
     return args, scale
 
 # %% ../../nbs/train/configs.ipynb #875e804d
@@ -149,22 +241,43 @@ def train_recipe(
     from m2kit.train.rewards import LengthReward
     from m2kit.train.trl import qlora, trl_train, vllm_fields
     args, scale = at_scale(args)
-    try: device, _ = place(scale.device)
-    except UserError: raise UserError(f"the scale {scale.name} wants a CUDA card, and torch sees none here; take --scale tiny or small") from None
+    try:
+        device, _ = place(scale.device)
+    except UserError:
+        raise UserError(
+            f"the scale {scale.name} wants a CUDA card, and torch sees none here; take --scale tiny"
+            " or small"
+        ) from None
     own = {k: getattr(args, k) for k in (*SIZES, "steps", "lr", "save_every", "seed")}
     cfg = GRPOConfig(**own, l_max=args.max_new)
     rubric = RubricReward(LMGrader(open_model(args.grader)) if args.grader else ClauseGrader())
-    one_at_a_time = cfg.prompts*cfg.group//int(os.environ.get("WORLD_SIZE", 1))   # an answer is as long as many
+    one_at_a_time = (
+        cfg.prompts * cfg.group // int(os.environ.get("WORLD_SIZE", 1))
+    )  # an answer is as long as many
     fields = dict(gradient_accumulation_steps=one_at_a_time)
     if args.vllm: fields |= vllm_fields(args.vllm, scale.context)
     if device == "cpu": fields |= dict(use_cpu=True, bf16=False)
     run = Step("grpo", vars(args), base=args.out)
-    rewards, tasks = [rubric, LengthReward(rubric, cfg.group, coef=args.coef)], recipe_tasks(args.tasks, args.seed)
-    return trl_train(args.model, None, tasks, rewards, cfg, run, tell=lambda row: print(json.dumps(row), flush=True),
-                     options=qlora(args.qlora) if args.qlora else None, **fields)
+    rewards, tasks = [rubric, LengthReward(rubric, cfg.group, coef=args.coef)], recipe_tasks(
+        args.tasks, args.seed
+    )
+    return trl_train(
+        args.model,
+        None,
+        tasks,
+        rewards,
+        cfg,
+        run,
+        tell=lambda row: print(json.dumps(row), flush=True),
+        options=qlora(args.qlora) if args.qlora else None,
+        **fields
+    )
 
 # %% ../../nbs/train/configs.ipynb #cell-29
-SOURCES = {"m2kit/rule": (diagnosis_reward, "condition"), "m2kit/rubric": (RubricReward(ClauseGrader()), "rubric")}   # data source -> reward, its column
+SOURCES = {
+    "m2kit/rule": (diagnosis_reward, "condition"),
+    "m2kit/rubric": (RubricReward(ClauseGrader()), "rubric"),
+}  # data source -> reward, its column
 
 def compute_score(
     data_source: str,       # one of `SOURCES`
@@ -178,10 +291,19 @@ def compute_score(
     reward, column = SOURCES[choose(data_source, SOURCES, "data source")]
     if grader and column == "rubric": reward = _model_reward(grader)
     talk = (extra_info or {}).get("prompt")
-    if talk is not None: talk = [dict(role=m["role"], content=m["content"]) for m in talk]    # parquet gives an array
-    elif grader: raise UserError("the row's extra_info holds no prompt, and a model cannot grade an answer to nothing; write the data anew with write_verl_data")
+    if talk is not None:
+        talk = [dict(role=m["role"], content=m["content"]) for m in talk]  # parquet gives an array
+    elif grader:
+        raise UserError(
+            "the row's extra_info holds no prompt, and a model cannot grade an answer to nothing;"
+            " write the data anew with write_verl_data"
+        )
     value, = guarded(reward)(prompts=[talk], completions=[solution_str], **{column: [ground_truth]})
-    if value is None: raise UserError(f"the reward of an answer from {data_source} is unknown, and verl has no place for that; give the grader more retries, or train with TRL, which leaves such samples out")
+    if value is None:
+        raise UserError(
+            f"the reward of an answer from {data_source} is unknown, and verl has no place for"
+            " that; give the grader more retries, or train with TRL, which leaves such samples out"
+        )
     return value
 
 _graders, _opening = {}, threading.Lock()
@@ -205,11 +327,20 @@ def verl_rows(
     ):
         "One task."
         source, column = ("m2kit/rubric", "rubric") if "rubric" in t else ("m2kit/rule", "condition")
-        if column not in t: raise UserError(f"task {i} has neither a rubric nor a condition; a task without ground truth cannot be scored")
+        if column not in t:
+            raise UserError(
+                f"task {i} has neither a rubric nor a condition; a task without ground truth cannot"
+                " be scored"
+            )
         truth = json.dumps(as_rubric(t["rubric"]).to_dict()) if column == "rubric" else t["condition"]
         talk = [dict(role=m["role"], content=m["content"]) for m in t["prompt"]]
-        return dict(data_source=source, prompt=talk, ability="medicine", reward_model=dict(style="rule", ground_truth=truth),
-                    extra_info=dict(split=split, index=i, prompt=talk))
+        return dict(
+            data_source=source,
+            prompt=talk,
+            ability="medicine",
+            reward_model=dict(style="rule", ground_truth=truth),
+            extra_info=dict(split=split, index=i, prompt=talk),
+        )
     return [row(i, t) for i, t in enumerate(tasks)]
 
 def write_verl_data(
@@ -219,7 +350,10 @@ def write_verl_data(
 ) -> list[Path]:
     "Parquet files for verl."
     pq, pa = require("pyarrow.parquet", "train"), require("pyarrow", "train")
-    if not 0 < held_out < len(tasks): raise UserError(f"{held_out} of {len(tasks)} tasks held out: some must be left on either side")
+    if not 0 < held_out < len(tasks):
+        raise UserError(
+            f"{held_out} of {len(tasks)} tasks held out: some must be left on either side"
+        )
     parts, out = dict(train=tasks[:-held_out], val=tasks[-held_out:]), []
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
@@ -244,19 +378,53 @@ def verl_overrides(
     actor, rollout = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
     tokens = max_prompt + max_new
     return {
-        "algorithm.adv_estimator": "grpo", "algorithm.norm_adv_by_std_in_grpo": False, "algorithm.use_kl_in_reward": False,     # centred, not scaled; no KL
-        actor + "use_kl_loss": False, actor + "entropy_coeff": 0,
-        actor + "loss_agg_mode": "seq-mean-token-sum-norm", actor + "loss_scale_factor": max_new,                               # sum over tokens / l_max, mean over answers
-        actor + "clip_ratio": eps_low, actor + "clip_ratio_low": eps_low, actor + "clip_ratio_high": eps_high, actor + "clip_ratio_c": 1000.,   # the last: dual clip out of reach
-        actor + "ppo_mini_batch_size": prompts, actor + "ppo_epochs": 1,                                                        # one update a batch
-        actor + "optim.lr": lr, actor + "optim.weight_decay": 0., actor + "optim.betas": [.9, .95], actor + "grad_clip": 1.,
-        actor + "strategy": "fsdp2", actor + "use_dynamic_bsz": True, actor + "ppo_max_token_len_per_gpu": tokens,
-        "actor_rollout_ref.model.path": model, "actor_rollout_ref.model.enable_gradient_checkpointing": True, "actor_rollout_ref.model.use_remove_padding": True,
-        rollout + "name": "vllm", rollout + "n": group, rollout + "temperature": 1., rollout + "top_p": 1, rollout + "top_k": -1, rollout + "tensor_model_parallel_size": min(8, per_node), rollout + "gpu_memory_utilization": .4,
-        "data.train_files": f"{data}/train.parquet", "data.val_files": f"{data}/val.parquet", "data.train_batch_size": prompts, "data.max_prompt_length": max_prompt, "data.max_response_length": max_new,
-        "reward.custom_reward_function.path": reward, "reward.custom_reward_function.name": "compute_score",
-        "trainer.n_gpus_per_node": min(cards, per_node), "trainer.nnodes": math.ceil(cards/per_node), "trainer.total_training_steps": steps, "trainer.save_freq": 20, "trainer.test_freq": 20,
-        "trainer.default_local_dir": out, "trainer.logger": ["console"], "trainer.project_name": "m2kit", "trainer.experiment_name": "rubric"}
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.norm_adv_by_std_in_grpo": False,
+        "algorithm.use_kl_in_reward": False,  # centred, not scaled; no KL
+        actor + "use_kl_loss": False,
+        actor + "entropy_coeff": 0,
+        actor + "loss_agg_mode": "seq-mean-token-sum-norm",
+        actor + "loss_scale_factor": max_new,  # sum over tokens / l_max, mean over answers
+        actor + "clip_ratio": eps_low,
+        actor + "clip_ratio_low": eps_low,
+        actor + "clip_ratio_high": eps_high,
+        actor + "clip_ratio_c": 1000.0,  # the last: dual clip out of reach
+        actor + "ppo_mini_batch_size": prompts,
+        actor + "ppo_epochs": 1,  # one update a batch
+        actor + "optim.lr": lr,
+        actor + "optim.weight_decay": 0.0,
+        actor + "optim.betas": [0.9, 0.95],
+        actor + "grad_clip": 1.0,
+        actor + "strategy": "fsdp2",
+        actor + "use_dynamic_bsz": True,
+        actor + "ppo_max_token_len_per_gpu": tokens,
+        "actor_rollout_ref.model.path": model,
+        "actor_rollout_ref.model.enable_gradient_checkpointing": True,
+        "actor_rollout_ref.model.use_remove_padding": True,
+        rollout + "name": "vllm",
+        rollout + "n": group,
+        rollout + "temperature": 1.0,
+        rollout + "top_p": 1,
+        rollout + "top_k": -1,
+        rollout + "tensor_model_parallel_size": min(8, per_node),
+        rollout + "gpu_memory_utilization": 0.4,
+        "data.train_files": f"{data}/train.parquet",
+        "data.val_files": f"{data}/val.parquet",
+        "data.train_batch_size": prompts,
+        "data.max_prompt_length": max_prompt,
+        "data.max_response_length": max_new,
+        "reward.custom_reward_function.path": reward,
+        "reward.custom_reward_function.name": "compute_score",
+        "trainer.n_gpus_per_node": min(cards, per_node),
+        "trainer.nnodes": math.ceil(cards / per_node),
+        "trainer.total_training_steps": steps,
+        "trainer.save_freq": 20,
+        "trainer.test_freq": 20,
+        "trainer.default_local_dir": out,
+        "trainer.logger": ["console"],
+        "trainer.project_name": "m2kit",
+        "trainer.experiment_name": "rubric",
+    }
 
 # %% ../../nbs/train/configs.ipynb #cell-41
 def verl_command(
@@ -275,14 +443,42 @@ def write_recipes(
 ) -> list[Path]:
     "The files of every recipe, with sizes for that many cards."
     yaml = require("yaml", "train")
-    accelerate = {f"accelerate_{k}.yaml": "# accelerate launch --config_file THIS train_trl.py --model ...; on node i of several: --machine_rank i\n" +
-                  yaml.safe_dump(accelerate_config(k, 2 if k == "cpu" else cards, per_node, family), sort_keys=True) for k in KINDS}
+    accelerate = {
+        f"accelerate_{k}.yaml": (
+            "# accelerate launch --config_file THIS train_trl.py --model ...; on node i of several:"
+            " --machine_rank i\n"
+            + yaml.safe_dump(
+                accelerate_config(k, 2 if k == "cpu" else cards, per_node, family), sort_keys=True
+            )
+        )
+        for k in KINDS
+    }
     script = lambda doc, *lines: f'"{doc}"\n' + "\n".join(lines) + "\n"
-    scripts = {"train_trl.py": script("GRPO by equation 2 on TRL; see --help.", "from m2kit.train.configs import recipe_arguments, train_recipe", "", "if __name__ == \"__main__\": train_recipe(recipe_arguments().parse_args())"),
-               "verl_reward.py": script("The reward that verl loads from this file.", "from m2kit.train.configs import compute_score"),
-               "verl_data.py": script("Writes train.parquet and val.parquet. Arguments: the folder, and a file of tasks (JSON lines) or nothing for the synthetic clinic.", "import sys",
-                                      "from m2kit.train.configs import recipe_tasks, write_verl_data", "", "if __name__ == \"__main__\": print(*write_verl_data(sys.argv[1], recipe_tasks(*sys.argv[2:3])))")}
+    scripts = {
+        "train_trl.py": script(
+            "GRPO by equation 2 on TRL; see --help.",
+            "from m2kit.train.configs import recipe_arguments, train_recipe",
+            "",
+            "if __name__ == \"__main__\": train_recipe(recipe_arguments().parse_args())",
+        ),
+        "verl_reward.py": script(
+            "The reward that verl loads from this file.",
+            "from m2kit.train.configs import compute_score",
+        ),
+        "verl_data.py": script(
+            "Writes train.parquet and val.parquet. Arguments: the folder, and a file of tasks (JSON"
+            " lines) or nothing for the synthetic clinic.",
+            "import sys",
+            "from m2kit.train.configs import recipe_tasks, write_verl_data",
+            "",
+            "if __name__ == \"__main__\": print(*write_verl_data(sys.argv[1],"
+            " recipe_tasks(*sys.argv[2:3])))",
+        ),
+    }
     start, settings = (c := verl_command(verl_overrides(model, cards=cards, per_node=per_node)))[:3], c[3:]
     command = " \\\n  ".join([" ".join(start), *map(shlex.quote, settings)])
-    other = {"deepspeed_zero3.json": json.dumps(deepspeed_config(), indent=1) + "\n", "verl_grpo.sh": "#!/bin/bash\n# First: python verl_data.py data\n" + command + "\n"}
+    other = {
+        "deepspeed_zero3.json": json.dumps(deepspeed_config(), indent=1) + "\n",
+        "verl_grpo.sh": "#!/bin/bash\n# First: python verl_data.py data\n" + command + "\n",
+    }
     return [atomic_write(Path(folder)/name, text) for name, text in (accelerate | scripts | other).items()]
