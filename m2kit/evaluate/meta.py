@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import UserError
 from ..core.run import atomic_write, commit, json_line, versions
-from .harness import (Answer, Asked, Tape, alone_in, claim_folder, default_folder, label,
+from .harness import (Answer, Asked, CallTape, alone_in, claim_folder, default_folder, label,
                                     replacing, spans, to_stderr, who_grades)
 from .healthbench import Row, parse_row, read_messages
 from .source import Item, Source, chosen, find_rows
@@ -266,7 +266,7 @@ def run_meta(
     source = Source(find_rows(rows, None if rows else "meta", fetch, tell))
     folder = Path(out or default_folder("meta", source.path, label(grader)))
     with alone_in(folder):
-        tape = Tape(folder/"calls")
+        tape = CallTape(folder/"calls")
         judge, _, by = who_grades(grader, grading, Asked(tape, seed, options or {}, tell))
         claim_folder(
             folder,

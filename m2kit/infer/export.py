@@ -131,7 +131,7 @@ def read_grid(
             )
     return Grid(w["num_bits"], max(0, w.get("group_size") or 0), w.get("symmetric", True))
 
-# %% ../../nbs/infer/export.ipynb #check-target
+# %% ../../nbs/infer/export.ipynb #cell-14
 def check_target(
     path,         # where a checkpoint is to be written
     grid: Grid,   # bits, group, symmetry
@@ -151,7 +151,7 @@ def check_target(
             " place"
         )
 
-# %% ../../nbs/infer/export.ipynb #cell-14
+# %% ../../nbs/infer/export.ipynb #cell-15
 def export(
     model, tokenizer,        # after `quantize_model`
     quantized: dict,         # what it returned
@@ -190,7 +190,7 @@ def export(
         return tmp.rename(path)
     except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
 
-# %% ../../nbs/infer/export.ipynb #cell-15
+# %% ../../nbs/infer/export.ipynb #cell-16
 def read_tensors(path) -> dict: # a checkpoint folder
     "Every tensor of its safetensors files."
     from safetensors.torch import load_file
@@ -220,7 +220,7 @@ def load_quantized(
     if gone: raise UserError(f"{path} lacks {gone[0]} ({len(gone)} tensors in all); export it again")
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
-# %% ../../nbs/infer/export.ipynb #cell-19
+# %% ../../nbs/infer/export.ipynb #cell-20
 def source_config(
     source,      # a folder, or a name in the Hugging Face cache
 ) -> dict:
@@ -281,7 +281,7 @@ def check_weights(
                     " another output layer; set tie_word_embeddings to false there"
                 )
 
-# %% ../../nbs/infer/export.ipynb #cell-22
+# %% ../../nbs/infer/export.ipynb #cell-23
 @dataclass(frozen=True)
 class Scheme:
     "A format of weights and activations, and how the paper reaches it."
@@ -343,7 +343,7 @@ def calibration_batches(
     ]
     return [(i, m) for i, _, m in parts]
 
-# %% ../../nbs/infer/export.ipynb #cell-24
+# %% ../../nbs/infer/export.ipynb #cell-25
 def quantize_checkpoint(
     source,                    # a folder, or a name in the Hugging Face cache
     out,                       # a new folder

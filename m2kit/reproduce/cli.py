@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'main', 'names_of', 'replay', 'shelf', 'evidence', 'steps', 'certified', 'train', 'is_met',
-           'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file',
-           'cases_in', 'pick_script', 'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
+           'option', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks',
+           'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script', 'training', 'Unopened',
+           'seed_option', 'answer_sampling', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
 import sys

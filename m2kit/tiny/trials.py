@@ -37,7 +37,7 @@ def tiny_simulator(
     "The tiny patient, alone; or with something wrong with it."
     fault = choose(fault, ("", "hot", "coarse", "plain"), "fault of the patient")
     model = PrefixModel(*load_policy(tiny_patient()), batch_tokens=2**16)
-    if fault == "coarse": quantize_model(model.model, Grid(bits=3), "nearest")
+    if fault == "coarse": quantize_model(model.model, Grid(bits=2), "nearest")
     return PatientSimulator(
         model,
         block=PATIENT,
