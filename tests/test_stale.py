@@ -31,7 +31,7 @@ def edited(books, tmp_path):
     forget_code()
 
 def test_an_operator_in_the_rubrics_writer(edited):
-    changed = edited(r"\(self\.model, \[writing_prompt\(s\) for s in sources\]", "(self.model, [writing_prompt(s) for s in sources[::1]]")
+    changed = edited(r"\[writing_prompt\(s\) for s in sources\]", "[writing_prompt(s) for s in sources[::1]]")
     assert REST_ON_THE_WRITER <= changed and not DO_NOT & changed
 
 def test_a_docstring_changes_nothing(edited):

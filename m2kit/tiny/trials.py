@@ -95,7 +95,7 @@ def trial_step(
     changes = TRIALS[choose(kind, TRIALS, "trial")] | changes
     for k in changes: choose(k, {**asdict(TRIAL), "fault": ""}, "setting of a trial")
     settings = asdict(TRIAL) | dict(fault="coarse") | changes | dict(kind=kind, seed=seed)
-    return Step("monitors", settings, run_trial, dict(doctor=made(doctor)), base)
+    return Step("monitors", settings, "m2kit.tiny.trials:run_trial", dict(doctor=made(doctor)), base)
 
 # %% ../../nbs/tiny/trials.ipynb #cell-17
 def watchers() -> list:
