@@ -72,7 +72,7 @@ def test_rollout(family):
     ro = rollout(model, tok, ASKS, 4, 40, seed=3)
     assert ro.completion_ids == [alone(model, tok, i, 4, 40, 3) for i in range(12)]
     assert ro.ended.tolist() == [i[-1] in end_ids(model, tok) for i in ro.completion_ids]
-    assert 0 < ro.ended.sum() and len({len(i) for i in ro.completion_ids}) > 2        # some end early: their rows leave
+    assert 0 < ro.ended.sum() < 12                                # some end early: their rows leave
     assert ro.texts == [tok.decode(i[:-1] if e else i, skip_special_tokens=True) for i, e in zip(ro.completion_ids, ro.ended)]
 
 def test_both_end_tokens_are_heard():

@@ -10,6 +10,7 @@ from m2kit.clinic.case import Case
 from m2kit.clinic.importers import load_cases
 from m2kit.clinic.persona import Script, draw_script
 from m2kit.core.errors import UserError
+from m2kit.core.run import fingerprint
 from m2kit.core.files import json_values
 from m2kit.evaluate.healthbench import aggregate, read_rows
 from m2kit.lm.log import CallLog
@@ -51,6 +52,7 @@ ROW = dict(prompt_id="p1", prompt=[dict(role="user", content="hm")], rubrics=[di
            completion="Why?", verdicts=[dict(criteria_met=True, explanation=""), dict(criteria_met=None, explanation="?")], ideal_completions_data=dict(ideal_completion="x", ideal_completions_group="Group 1", ideal_completions_ref_completions=["y"]))
 LABELLED = dict(conversation=[dict(role="user", content="hi")], answer="a", criteria=[dict(points=5, text="x")], met=[True])
 CALL = dict(key="k", model="m", messages=[dict(role="user", content="hi")], sampling={}, sample=0, text="a", prompt_tokens=1, completion_tokens=1, finish="stop")
+CALL["key"] = fingerprint(*(CALL[k] for k in ("model", "messages", "sampling", "sample")), n=32)
 CASE = json.loads(draw_script(random.Random(1)).case.dump())
 BUNDLE = dict(resourceType="Bundle", type="collection", entry=[dict(fullUrl=f"urn:uuid:{r['id']}", resource=r) for r in RESOURCES])
 

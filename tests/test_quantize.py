@@ -177,7 +177,7 @@ def test_tied_embeddings_stay_tied_and_come_apart_when_rotated(folder, tok, tmp_
 def test_rotated_and_saved_by_transformers(folder, tok, tmp_path):
     model, _ = load(folder(), "cpu", torch.float32)
     was = logits(model, tok)
-    save_checkpoint(rotate(model), tok, tmp_path/"r")
+    save_checkpoint(rotate(model), tok, tmp_path/"r", torch.float32)
     assert torch.allclose(logits(load(tmp_path/"r", "cpu", torch.float32)[0], tok), was, atol=1e-4)
 
 

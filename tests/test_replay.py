@@ -65,14 +65,14 @@ def sessions(world):
 
 def named(record):
     "What does not agree, and the whole of it."
-    out = r.replay(record)
+    out = r.replay_record(record)
     assert not AFRESH
     return {c.what for c in out.compared if not c.agrees}, out
 
 def test_what_did_not_change_agrees(length, mid, sessions):
     for record in (length, mid, sessions):
         bad, out = named(record)
-        assert (bad, out.error) == (set(), ""), r.told("", out)
+        assert (bad, out.error) == (set(), ""), r.told_replay("", out)
         assert max(c.difference for c in out.compared) < 1e-5           # the same machine: rounding to six digits alone
         assert {e["step"] for e in record["tape"] if len(e) > 1} <= {c.step for c in out.compared}
     assert len(sessions["tape"][-1]["answers"]) > 1 and all(e["replies"] for e in sessions["tape"] if e["step"] >= 0)
@@ -132,7 +132,7 @@ def test_a_default_that_changed_is_named(length, monkeypatch):
     from m2kit.train import length as module
     monkeypatch.setattr(module, "LENGTH_ARM", replace(module.LENGTH_ARM, eps_high=.3))
     gone = length | dict(settings={k: v for k, v in length["settings"].items() if k != "eps_high"})
-    assert "another step" in r.replay(gone).error
+    assert "another step" in r.replay_record(gone).error
 
 # ---- numbers in the file
 
@@ -178,8 +178,8 @@ def test_all_of_them(length, mid, sessions, world):
     with pytest.raises(UserError, match="no record with a tape is called lenght"): r.taped(["lenght"], world)
 
 def test_a_start_that_is_not_here(length):
-    out = r.replay(length | dict(inputs=dict(doctor="doctor-000000000000")))
-    assert not out.agrees and "its doctor is not here: doctor-000000000000" in r.told("length", out)
+    out = r.replay_record(length | dict(inputs=dict(doctor="doctor-000000000000")))
+    assert not out.agrees and "its doctor is not here: doctor-000000000000" in r.told_replay("length", out)
 
 # ---- certificates
 
@@ -193,15 +193,15 @@ def test_a_certificate(length, world):
     before = path.read_text()
     try:
         keep_records("length", [older(length, "m2kit.train.grpo", "policy_loss")], world)
-        out = r.replay(records("length", world)[0])
-        assert "1 records of this experiment stand for" in r.certified(out, world)
+        out = r.replay_record(records("length", world)[0])
+        assert "1 records of this experiment stand for" in r.certify_record(out, world)
         new = records("length", world)[0]
         assert r.freshness(new)[0] == "certified" and new["certified"][0]["name"] == length["name"]
         assert "m2kit.train.grpo" in new["certified"][0]["reached"]
         keep_records("length", [older(length, "m2kit.train.rewards", "within")], world)     # runs: its own thread too
-        assert "stand for" in r.certified(r.replay(records("length", world)[0]), world)
+        assert "stand for" in r.certify_record(r.replay_record(records("length", world)[0]), world)
         keep_records("length", [older(length, "m2kit.train.grpo", "load_state")], world)    # only after a kill
-        blind = r.certified(r.replay(records("length", world)[0]), world)
+        blind = r.certify_record(r.replay_record(records("length", world)[0]), world)
         assert blind == "not certified: the replay does not reach train.grpo:load_state"
         assert r.freshness(records("length", world)[0])[0] == "stale"
     finally: path.write_text(before)
@@ -215,7 +215,7 @@ import torch
 torch.set_num_threads(1)
 out = {}
 for record in r.taped(["length", "midtrain"], sys.argv[1]):
-    got = r.replay(record)
+    got = r.replay_record(record)
     out[record["kind"]] = [got.error, [(c.what, c.step, c.difference, c.agrees) for c in got.compared]]
 print(json.dumps(dict(cpu=torch.backends.cpu.get_cpu_capability(), out=out)))
 """
@@ -231,5 +231,5 @@ def test_another_processor_agrees(length, mid, world):
         print(kind, "largest difference", largest)
         assert not error and all(c[3] for c in compared), [c for c in compared if not c[3]]
         assert largest[0] > 0                                                # it is another processor
-        limits = {what: r.CLOSER.get(what, r.TOLERANCE) for what, *_ in compared if what not in r.SHARES}
+        limits = {what: r.CLOSER.get(what, r.TOLERANCE) for what, *_ in compared if what not in r.ALLOWED_SHARES}
         assert all(d < limits[what]/2 for what, _, d, _ in compared if what in limits), largest    # with room

@@ -50,7 +50,16 @@ class Private(Part):
     identifiers: dict[str, str] = {}
 
 # %% ../../nbs/clinic/case.ipynb #cell-12
-AXES = dict(E="extraverted", I="introverted", S="sensing", N="intuitive", T="thinking", F="feeling", J="judging", P="perceiving")
+AXES = dict(
+    E="extraverted",
+    I="introverted",
+    S="sensing",
+    N="intuitive",
+    T="thinking",
+    F="feeling",
+    J="judging",
+    P="perceiving",
+)
 
 class Psychological(Part):
     "What kind of person answers."
@@ -69,8 +78,12 @@ class Social(Part):
     "In what life the patient answers."
     education: Literal["none", "primary", "secondary", "university"] | None = None
     means: Literal["poor", "modest", "comfortable"] | None = None  # what the patient can pay
-    language: Literal["basic", "everyday", "fluent"] | None = None # how well the patient speaks the doctor's language
-    culture: str = ""             # customs that matter in care: "fasts in Ramadan", "the family decides together"
+    language: Literal["basic", "everyday", "fluent"] | None = (
+        None  # how well the patient speaks the doctor's language
+    )
+    culture: str = (
+        ""  # customs that matter in care: "fasts in Ramadan", "the family decides together"
+    )
     occupation: str = ""          # the kind of work; the employer's name is private
     habits: list[str] = []        # smoking, alcohol, travel, household
 
@@ -184,7 +197,10 @@ def _repr_markdown_(self: Case) -> str:
     blocks = [head]
     for part in ("medical", "private", "psychological", "social"):
         known = getattr(self, part).model_dump(exclude_defaults=True)
-        if known: blocks.append(f"**{part.capitalize()}**\n\n" + "\n".join(_line(k, v) for k, v in known.items()))
+        if known:
+            blocks.append(
+                f"**{part.capitalize()}**\n\n" + "\n".join(_line(k, v) for k, v in known.items())
+            )
     return "\n\n".join(blocks) + "\n"
 
 # %% ../../nbs/clinic/case.ipynb #cell-41
@@ -196,5 +212,12 @@ def textbook_case(
     c = conditions()[name]
     sex = c.sex if c.sex != "any" else "female"
     told = ". ".join(s.lay[0].upper() + s.lay[1:] for s in c.symptoms) + "."
-    medical = Medical(age=sum(c.age) // 2 if age is None else age, sex=sex, complaint=c.symptoms[0].lay, story=told, symptoms=c.names("symptoms"), condition=c.name)
+    medical = Medical(
+        age=sum(c.age) // 2 if age is None else age,
+        sex=sex,
+        complaint=c.symptoms[0].lay,
+        story=told,
+        symptoms=c.names("symptoms"),
+        condition=c.name,
+    )
     return Case(id=f"textbook-{c.name.replace(' ', '-')}", source="synthetic", medical=medical)

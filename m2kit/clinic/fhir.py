@@ -31,7 +31,15 @@ def concept(
 def _names(c) -> list[str]:
     "Text, displays, codes of a concept."
     coding = (c or {}).get("coding", [])
-    return [n for n in ((c or {}).get("text"), *(x.get("display") for x in coding), *(x.get("code") for x in coding)) if n]
+    return [
+        n
+        for n in (
+            (c or {}).get("text"),
+            *(x.get("display") for x in coding),
+            *(x.get("code") for x in coding),
+        )
+        if n
+    ]
 
 def codes(concepts) -> set[str]: # of one CodeableConcept or a list of them
     "The bare codes."
@@ -55,19 +63,37 @@ def quantity(
     "A measured value as text."
     shown = number(q["value"]) if q.get("value") is not None else ""
     unit = (q.get("unit") or q.get("code", "")).strip("{}")
-    return f"{q.get('comparator', '')}{shown}{' ' * (unit not in ('', '1'))}{unit * (unit != '1')}" if shown else ""
+    return (
+        f"{q.get('comparator', '')}{shown}{' ' * (unit not in ('', '1'))}{unit * (unit != '1')}"
+        if shown
+        else ""
+    )
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-13
 def _range(r) -> str:
     low, high = quantity(r.get("low", {})), quantity(r.get("high", {}))
-    return f"{number(r['low']['value'])} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else ""
+    return (
+        f"{number(r['low']['value'])} to {high}"
+        if low and high
+        else f"at least {low}" if low else f"at most {high}" if high else ""
+    )
 
 def _ratio(r) -> str:
     top, bottom = quantity(r.get("numerator", {})), quantity(r.get("denominator", {}))
     return f"{top}{' / ' if ' ' in top + bottom else ':'}{bottom}" if top and bottom else ""
 
-_VALUES = dict(Quantity=quantity, Range=_range, Ratio=_ratio, CodeableConcept=concept, Boolean=lambda x: "yes" if x else "no",
-               Period=lambda p: " to ".join(x for x in (p.get("start"), p.get("end")) if x), Integer=str, String=str, DateTime=str, Time=str)
+_VALUES = dict(
+    Quantity=quantity,
+    Range=_range,
+    Ratio=_ratio,
+    CodeableConcept=concept,
+    Boolean=lambda x: "yes" if x else "no",
+    Period=lambda p: " to ".join(x for x in (p.get("start"), p.get("end")) if x),
+    Integer=str,
+    String=str,
+    DateTime=str,
+    Time=str,
+)
 
 def value(
     o: dict, # an Observation or one of its components
@@ -75,14 +101,32 @@ def value(
     "The value of an observation, of whatever kind, with those of its components."
     own = next((read(o[f"value{kind}"]) for kind, read in _VALUES.items() if f"value{kind}" in o), "")
     parts = ", ".join(f"{concept(c.get('code'))} {v}" for c in o.get("component", []) if (v := value(c)))
-    return f"{own} ({parts})" if own and parts else own or parts or ", ".join(map(concept, o.get("interpretation", [])))
+    return (
+        f"{own} ({parts})"
+        if own and parts
+        else own or parts or ", ".join(map(concept, o.get("interpretation", [])))
+    )
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-16
-_DATES = ("effectiveDateTime", "effectiveInstant", "onsetDateTime", "performedDateTime", "occurrenceDateTime", "authoredOn", "dateAsserted", "date", "recordedDate", "issued")
+_DATES = (
+    "effectiveDateTime",
+    "effectiveInstant",
+    "onsetDateTime",
+    "performedDateTime",
+    "occurrenceDateTime",
+    "authoredOn",
+    "dateAsserted",
+    "date",
+    "recordedDate",
+    "issued",
+)
 
 def _stamp(r: dict, end: bool = False) -> str:
     "The resource's moment as it is written: a period's start, or its end."
-    period = next((r[k] for k in ("period", "effectivePeriod", "performedPeriod", "onsetPeriod") if k in r), {})
+    period = next(
+        (r[k] for k in ("period", "effectivePeriod", "performedPeriod", "onsetPeriod") if k in r),
+        {},
+    )
     ends = (period.get("end"), period.get("start")) if end else (period.get("start"), period.get("end"))
     timing = (r.get("effectiveTiming") or {}).get("event", [])
     return str(next((x for x in (*ends, *timing[-1:], *(r.get(k) for k in _DATES)) if x), ""))
@@ -94,7 +138,9 @@ def when(
     return _stamp(r)[:10]
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-17
-_MOMENT = re.compile(r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?(?:T(\d\d):(\d\d)(?::(\d\d(?:\.\d+)?))?)?(?:Z|([+-])(\d\d):(\d\d))?$")
+_MOMENT = re.compile(
+    r"(\d{4})(?:-(\d\d))?(?:-(\d\d))?(?:T(\d\d):(\d\d)(?::(\d\d(?:\.\d+)?))?)?(?:Z|([+-])(\d\d):(\d\d))?$"
+)
 
 def moment(
     stamp: str, # as FHIR writes it: "2020", "2020-06-30T08:00:00+02:00"
@@ -102,7 +148,9 @@ def moment(
     "A date as a number, so that the later of two is the larger."
     m = _MOMENT.match(stamp)
     if not m: return -math.inf
-    year, month, day, hour, minute, second = (float(x or d) for x, d in zip(m.groups()[:6], (0, 1, 1, 0, 0, 0)))
+    year, month, day, hour, minute, second = (
+        float(x or d) for x, d in zip(m.groups()[:6], (0, 1, 1, 0, 0, 0))
+    )
     try: days = datetime.date(int(year), int(month), int(day)).toordinal()
     except ValueError: return -math.inf
     zone = (int(m[8])*60 + int(m[9]))*60*(-1 if m[7] == "-" else 1) if m[7] else 0
@@ -128,7 +176,8 @@ def present(
 ):       # the same without nulls, and without the elements "_..." that only explain them
     "What a record says, without what it does not say."
     if isinstance(x, list): return [present(v) for v in x if v is not None]
-    if isinstance(x, dict): return {k: present(v) for k, v in x.items() if v is not None and not k.startswith("_")}
+    if isinstance(x, dict):
+        return {k: present(v) for k, v in x.items() if v is not None and not k.startswith("_")}
     return x
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-25
@@ -145,7 +194,12 @@ class References:
         for e in entries:
             r, url = e["resource"], _bare(e.get("fullUrl", ""))
             self.urls[id(r)] = url
-            keys = [url, f"{r['resourceType']}/{r.get('id')}", f"urn:uuid:{r.get('id')}", *map(_identifier, _identifiers(r))]
+            keys = [
+                url,
+                f"{r['resourceType']}/{r.get('id')}",
+                f"urn:uuid:{r.get('id')}",
+                *map(_identifier, _identifiers(r)),
+            ]
             for key in filter(None, keys): self.named.setdefault(key, r)
 
     def find(self,
@@ -154,7 +208,8 @@ class References:
     ) -> dict:                    # {} when it is not there
         "The resource that is meant."
         name = _bare((reference or {}).get("reference", ""))
-        if name.startswith("#"): return next((x for x in holder.get("contained", []) if x.get("id") == name[1:]), {})
+        if name.startswith("#"):
+            return next((x for x in holder.get("contained", []) if x.get("id") == name[1:]), {})
         here = self.urls.get(id(holder), "").rsplit("/", 2)[0]
         found = self.named.get(f"{here}/{name}") or self.named.get(name) or self._elsewhere(name)
         return found or self.named.get(_identifier((reference or {}).get("identifier")), {})
@@ -174,14 +229,27 @@ def _identifier(x) -> str:
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-28
 _NOT_KNOWN = "its author does not know its state"
-STATES = dict(   # of which state a resource is not read, and why
+STATES = dict(  # of which state a resource is not read, and why
     Encounter=dict(planned="planned, not held", cancelled="cancelled", unknown=_NOT_KNOWN),
     Observation=dict(registered="no result yet", cancelled="cancelled", unknown=_NOT_KNOWN),
-    Procedure={"preparation": "not begun", "not-done": "not done", "on-hold": "on hold", "stopped": "stopped half way",
-               "in-progress": "not ended", "unknown": _NOT_KNOWN},
-    MedicationRequest=dict(draft="a draft", cancelled="withdrawn before it was taken", unknown=_NOT_KNOWN),
-    MedicationStatement={"intended": "intended, not taken yet", "not-taken": "not taken", "unknown": _NOT_KNOWN},
-    FamilyMemberHistory={"health-unknown": "nothing is known of this relative"})
+    Procedure={
+        "preparation": "not begun",
+        "not-done": "not done",
+        "on-hold": "on hold",
+        "stopped": "stopped half way",
+        "in-progress": "not ended",
+        "unknown": _NOT_KNOWN,
+    },
+    MedicationRequest=dict(
+        draft="a draft", cancelled="withdrawn before it was taken", unknown=_NOT_KNOWN
+    ),
+    MedicationStatement={
+        "intended": "intended, not taken yet",
+        "not-taken": "not taken",
+        "unknown": _NOT_KNOWN,
+    },
+    FamilyMemberHistory={"health-unknown": "nothing is known of this relative"},
+)
 INTENTS = dict(proposal="a proposal, no order", plan="a plan, no order", option="an option, no order")
 
 def _modifier(x) -> str:
@@ -202,7 +270,9 @@ def reason_against(
     if "refuted" in sure: return "refuted"
     if r.get("doNotPerform") is True: return "an order not to give it"
     if kind in STATES and status is None: return "its status is not told"
-    return STATES.get(kind, {}).get(status) or (INTENTS.get(r.get("intent"), "") if kind == "MedicationRequest" else "")
+    return STATES.get(kind, {}).get(status) or (
+        INTENTS.get(r.get("intent"), "") if kind == "MedicationRequest" else ""
+    )
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-31
 def about_another(
@@ -221,12 +291,29 @@ def _current(things) -> list:
     return [x for x in things if x.get("use") != "old"] or list(things)
 
 def _name(n: dict) -> str:
-    return n.get("text") or " ".join(x for x in (*n.get("prefix", []), *n.get("given", []), n.get("family", ""), *n.get("suffix", [])) if x)
+    return n.get("text") or " ".join(
+        x
+        for x in (
+            *n.get("prefix", []),
+            *n.get("given", []),
+            n.get("family", ""),
+            *n.get("suffix", []),
+        )
+        if x
+    )
 
-def _telecom(r: dict) -> str: return "; ".join(t["value"] for t in _current(r.get("telecom", [])) if t.get("value"))
+def _telecom(r: dict) -> str:
+    return "; ".join(t["value"] for t in _current(r.get("telecom", [])) if t.get("value"))
 
 def _address(a: dict) -> str:
-    return a.get("text") or ", ".join(x for x in (*a.get("line", []), *(a.get(k) for k in ("city", "state", "postalCode", "country"))) if x)
+    return a.get("text") or ", ".join(
+        x
+        for x in (
+            *a.get("line", []),
+            *(a.get(k) for k in ("city", "state", "postalCode", "country")),
+        )
+        if x
+    )
 
 def _insurance(resources: list[dict]) -> str:
     "The insurer's name from a coverage, else from a claim."
@@ -242,7 +329,11 @@ def _ids(patient: dict) -> dict:
     for i, x in enumerate(patient.get("identifier", []), 1):
         key = concept(x.get("type")) or x.get("system") or "identifier"
         if x.get("value"): ids[key if key not in ids else f"{key} ({i})"] = x["value"]
-    maiden = [e["valueString"] for e in patient.get("extension", []) if e.get("url", "").endswith("mothersMaidenName") and e.get("valueString")]
+    maiden = [
+        e["valueString"]
+        for e in patient.get("extension", [])
+        if e.get("url", "").endswith("mothersMaidenName") and e.get("valueString")
+    ]
     return ids | ({"mother's maiden name": maiden[0]} if maiden else {})
 
 def private(
@@ -251,26 +342,47 @@ def private(
 ) -> dict:                 # the private part of a case
     "Name, birth date, contact, address, insurance, next of kin, employer, and every identifier."
     uses = ["official", "usual", None]
-    names = sorted(_current(patient.get("name", [])), key=lambda n: uses.index(n.get("use")) if n.get("use") in uses else 9)
+    names = sorted(
+        _current(patient.get("name", [])),
+        key=lambda n: uses.index(n.get("use")) if n.get("use") in uses else 9,
+    )
     people = {True: [], False: []}                 # code E of the standard's table 0131 is the employer
     for c in patient.get("contact", []):
-        people["E" in codes(c.get("relationship", []))].append(" ".join(x for x in (_name(c.get("name", {})), _telecom(c)) if x))
-    return dict(name=_name(names[0]) if names else "", birth_date=str(patient.get("birthDate", "")), contact=_telecom(patient),
-                address="; ".join(map(_address, _current(patient.get("address", [])))), insurance=_insurance(resources),
-                next_of_kin="; ".join(people[False]), employer="; ".join(people[True]), identifiers=_ids(patient))
+        people["E" in codes(c.get("relationship", []))].append(
+            " ".join(x for x in (_name(c.get("name", {})), _telecom(c)) if x)
+        )
+    return dict(
+        name=_name(names[0]) if names else "",
+        birth_date=str(patient.get("birthDate", "")),
+        contact=_telecom(patient),
+        address="; ".join(map(_address, _current(patient.get("address", [])))),
+        insurance=_insurance(resources),
+        next_of_kin="; ".join(people[False]),
+        employer="; ".join(people[True]),
+        identifiers=_ids(patient),
+    )
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-38
 def _since(r: dict) -> str:
     "When it began, in whatever form."
     age = quantity(r.get("onsetAge", {}))
-    return when(r) or (f"age {age}" if age else "") or r.get("onsetString", "") or _range(r.get("onsetRange", {}))
+    return (
+        when(r)
+        or (f"age {age}" if age else "")
+        or r.get("onsetString", "")
+        or _range(r.get("onsetRange", {}))
+    )
 
 def condition_text(
     r: dict,   # a Condition
 ) -> str:      # "Asthma (active, since 1970)"
     "A condition with what is known of its course."
     unsure = codes(r.get("verificationStatus")) - {"confirmed"}
-    notes = [*sorted(codes(r.get("clinicalStatus"))), *sorted(unsure), f"since {_since(r)}" if _since(r) else ""]
+    notes = [
+        *sorted(codes(r.get("clinicalStatus"))),
+        *sorted(unsure),
+        f"since {_since(r)}" if _since(r) else "",
+    ]
     known = ", ".join(filter(None, notes))
     return concept(r.get("code")) + (f" ({known})" if known else "")
 
@@ -293,7 +405,9 @@ def allergy_text(
     "An allergy with how sure it is, and what happened."
     shown = [concept(m) for x in r.get("reaction", []) for m in x.get("manifestation", [])]
     unsure = sorted(codes(r.get("verificationStatus")) & {"unconfirmed", "presumed"})
-    named = concept(r.get("code")) or next((concept(x["substance"]) for x in r.get("reaction", []) if "substance" in x), "not named")
+    named = concept(r.get("code")) or next(
+        (concept(x["substance"]) for x in r.get("reaction", []) if "substance" in x), "not named"
+    )
     notes = ", ".join(filter(None, [*unsure, *shown]))
     return named + (f" ({notes})" if notes else "")
 
@@ -303,7 +417,11 @@ def family_text(
     "A relative's illnesses."
     relative = concept(r.get("relationship")) or "a relative"
     texts = [(concept(c.get("code")), _since(c), concept(c.get("outcome"))) for c in r.get("condition", [])]
-    return [f"{relative}: {what}" + (f" ({', '.join(filter(None, more))})" if any(more) else "") for what, *more in texts if what]
+    return [
+        f"{relative}: {what}" + (f" ({', '.join(filter(None, more))})" if any(more) else "")
+        for what, *more in texts
+        if what
+    ]
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-42
 _PARTS = {"vital-signs": "vitals", "exam": "exam", "survey": "habits", "social-history": "habits"}
@@ -317,7 +435,13 @@ def observations(
     for r in sorted(resources, key=_latest):
         name, shown = concept(r.get("code")), value(r)
         why = concept(r.get("dataAbsentReason"))
-        if not name or not shown: report.leave("Observation", "no value" + (f" ({why})" if why else "") if name else "no name", name); continue
+        if not name or not shown:
+            report.leave(
+                "Observation",
+                "no value" + (f" ({why})" if why else "") if name else "no name",
+                name,
+            )
+            continue
         part = found[next((_PARTS[c] for c in sorted(codes(r.get("category", []))) if c in _PARTS), "tests")]
         if name in part: report.leave("Observation", "a later value is there", name)
         report.take("Observation", name not in part)
@@ -337,8 +461,22 @@ def _is_complaint(c: dict, diagnoses: set) -> bool:
 def _reasons(visit: dict, find) -> list:
     "Concepts given as a visit's reason."
     chief = [d for d in visit.get("diagnosis", []) if "CC" in codes(d.get("use"))]
-    meant = [find(x, visit) for x in (*(d.get("condition") for d in chief), *visit.get("reasonReference", []))]
-    return [c for c in (*visit.get("reasonCode", []), *(r.get("code") for r in meant if not reason_against(r | {"resourceType": r.get("resourceType", "")}))) if concept(c)]
+    meant = [
+        find(x, visit)
+        for x in (*(d.get("condition") for d in chief), *visit.get("reasonReference", []))
+    ]
+    return [
+        c
+        for c in (
+            *visit.get("reasonCode", []),
+            *(
+                r.get("code")
+                for r in meant
+                if not reason_against(r | {"resourceType": r.get("resourceType", "")})
+            ),
+        )
+        if concept(c)
+    ]
 
 def complaint(
     visit: dict,             # the latest Encounter
@@ -348,15 +486,32 @@ def complaint(
 ) -> tuple[str, str]:        # the complaint, and why there is none
     "Why the patient came, if the record tells it in a patient's words."
     day = when(visit)
-    spoken = [value(o) for o in said if codes(o.get("code")) & CHIEF_COMPLAINT and when(o) in (day, "") and value(o)]
+    spoken = [
+        value(o)
+        for o in said
+        if codes(o.get("code")) & CHIEF_COMPLAINT and when(o) in (day, "") and value(o)
+    ]
     if spoken: return spoken[-1], ""
     reasons, diagnoses = _reasons(visit, find), {concept(c.get("code")).lower() for c in conditions}
     found = next((concept(c) for c in reasons if _is_complaint(c, diagnoses)), "")
-    why = f"the visit's reason is its diagnosis ({concept(reasons[0])})" if reasons else "the visit of " + (day or "an unknown day") + " has no reason"
+    why = (
+        f"the visit's reason is its diagnosis ({concept(reasons[0])})"
+        if reasons
+        else "the visit of " + (day or "an unknown day") + " has no reason"
+    )
     return found, "" if found else why
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-48
-READ = ("Encounter", "Condition", "AllergyIntolerance", "MedicationRequest", "MedicationStatement", "Procedure", "FamilyMemberHistory", "Observation")
+READ = (
+    "Encounter",
+    "Condition",
+    "AllergyIntolerance",
+    "MedicationRequest",
+    "MedicationStatement",
+    "Procedure",
+    "FamilyMemberHistory",
+    "Observation",
+)
 _AROUND = ("Patient", "Medication", "Coverage")   # read where another refers to them
 
 class Record:
@@ -376,7 +531,8 @@ class Record:
         for kind in self.kinds: self.kinds[kind].sort(key=_latest)
 
     def _around(self, r):
-        if r["resourceType"] not in _AROUND: self.report.leave(r["resourceType"], "a kind that is not read here")
+        if r["resourceType"] not in _AROUND:
+            self.report.leave(r["resourceType"], "a kind that is not read here")
 
     def name(self, r) -> str:
         "What a resource is about, for the report."
@@ -385,7 +541,8 @@ class Record:
     def take(self, kind, text):
         "The texts of a kind; those without one are reported."
         found = [(r, text(r)) for r in self.kinds[kind]]
-        for r, t in found: self.report.take(kind) if t else self.report.leave(kind, "it has no name", self.name(r))
+        for r, t in found:
+            self.report.take(kind) if t else self.report.leave(kind, "it has no name", self.name(r))
         return [t for _, t in found if t]
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-51
@@ -413,7 +570,10 @@ def _drugs(record: Record) -> dict:
         return name
     for kind in kinds: record.take(kind, one)
     states = list(dict.fromkeys(states))
-    return dict(medications=list(dict.fromkeys(n for n, s in states if s == "active")), history=[f"took {n} ({s})" for n, s in states if s != "active"])
+    return dict(
+        medications=list(dict.fromkeys(n for n, s in states if s == "active")),
+        history=[f"took {n} ({s})" for n, s in states if s != "active"],
+    )
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-53
 def _day_of_age(record: Record) -> str:
@@ -434,17 +594,33 @@ def medical(
     "What the record says of the patient's health."
     allergies, drugs = _allergies(record), _drugs(record)
     visits, k = _visits(record), record.kinds
-    why_came, none = complaint(k["Encounter"][-1], record.find, k["Condition"], k["Observation"]) if k["Encounter"] else ("", "there is no visit")
+    why_came, none = (
+        complaint(k["Encounter"][-1], record.find, k["Condition"], k["Observation"])
+        if k["Encounter"]
+        else ("", "there is no visit")
+    )
     if none: record.report.note(f"no complaint: {none}")
     obs = observations(k["Observation"], record.report)
     family = [x for f in k["FamilyMemberHistory"] for x in family_text(f)]
     record.take("FamilyMemberHistory", lambda r: "; ".join(family_text(r)))
-    done = record.take("Procedure", lambda r: concept(r.get("code")) and concept(r.get("code")) + (f" ({when(r)})" if when(r) else ""))
+    done = record.take(
+        "Procedure",
+        lambda r: concept(r.get("code"))
+        and concept(r.get("code")) + (f" ({when(r)})" if when(r) else ""),
+    )
     ill = record.take("Condition", lambda r: condition_text(r) if concept(r.get("code")) else "")
     sex = record.patient.get("gender")
-    part = dict(age=age_at(str(record.patient.get("birthDate", "")), _day_of_age(record)), sex=None if sex == "unknown" else sex, complaint=why_came,
-                history=[*ill, *drugs["history"], *allergies["history"], *done, *family], encounters=visits, denies=allergies["denies"],
-                medications=drugs["medications"], allergies=allergies["allergies"], **{p: obs[p] for p in ("vitals", "exam", "tests")})
+    part = dict(
+        age=age_at(str(record.patient.get("birthDate", "")), _day_of_age(record)),
+        sex=None if sex == "unknown" else sex,
+        complaint=why_came,
+        history=[*ill, *drugs["history"], *allergies["history"], *done, *family],
+        encounters=visits,
+        denies=allergies["denies"],
+        medications=drugs["medications"],
+        allergies=allergies["allergies"],
+        **{p: obs[p] for p in ("vitals", "exam", "tests")}
+    )
     return part, [f"{k}: {v}" for k, v in obs["habits"].items()]
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-56
@@ -453,12 +629,29 @@ def _check_fhir(bundle, where: str) -> dict:
     Bundle = require("fhir.resources.R4B.bundle", "fhir").Bundle
     if isinstance(bundle, Bundle): return json.loads(bundle.model_dump_json())
     kind = bundle.get("resourceType") if isinstance(bundle, dict) else type(bundle).__name__
-    if kind != "Bundle": raise UserError(f"{where}: this is {kind!r}, not a FHIR Bundle; export the patient's record as a Bundle, or as lines of one resource each")
+    if kind != "Bundle":
+        raise UserError(
+            f"{where}: this is {kind!r}, not a FHIR Bundle; export the patient's record as a"
+            " Bundle, or as lines of one resource each"
+        )
     _check_types(bundle, where)
-    try: Bundle.model_validate(bundle)
-    except ValidationError as e: raise UserError(f"{where}: not FHIR R4: {fault(e)}; mend that field") from None
-    except KeyError as e: raise UserError(f"{where}: not FHIR R4: there is no resource type {str(e.args[0]).removeprefix('R4.').removesuffix('Type')!r}; mend or delete that entry") from None
-    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as e:      # the library's own readers of numbers and dates
+    try:
+        Bundle.model_validate(bundle)
+    except ValidationError as e:
+        raise UserError(f"{where}: not FHIR R4: {fault(e)}; mend that field") from None
+    except KeyError as e:
+        raise UserError(
+            f"{where}: not FHIR R4: there is no resource type"
+            f" {str(e.args[0]).removeprefix('R4.').removesuffix('Type')!r}; mend or delete that"
+            " entry"
+        ) from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as e:  # the library's own readers of numbers and dates
         raise UserError(f"{where}: not FHIR R4: {str(e)[:100]}; mend that field") from None
     return bundle
 
@@ -468,36 +661,58 @@ def _check_types(x, where: str, at: str = ""):
         here = f"{at}.{k}".lstrip(".")
         if k in ("resource", "contained"):
             for r in v if isinstance(v, list) else [v]:
-                if not isinstance(r, dict) or not isinstance(r.get("resourceType"), str): raise UserError(f"{where}: not FHIR R4: {here} has no resourceType; mend or delete that entry")
+                if not isinstance(r, dict) or not isinstance(r.get("resourceType"), str):
+                    raise UserError(
+                        f"{where}: not FHIR R4: {here} has no resourceType; mend or delete that"
+                        " entry"
+                    )
         if isinstance(v, (dict, list)): _check_types(v, where, here)
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-57
 def _entries(bundle: dict, report: Report) -> list:
     "Entries that have a resource, each in its latest version."
-    entries = [e for e in bundle.get("entry", []) if e.get("resource") and e.get("request", {}).get("method") != "DELETE"]
+    entries = [
+        e
+        for e in bundle.get("entry", [])
+        if e.get("resource") and e.get("request", {}).get("method") != "DELETE"
+    ]
     def version(e):
         meta = e["resource"].get("meta", {})
         return moment(str(meta.get("lastUpdated", ""))), str(meta.get("versionId", "")).zfill(9)
     latest = {}
     for e in entries:
         r = e["resource"]
-        key = (r["resourceType"], r.get("id")) if r.get("id") and (bundle.get("type") == "history" or r.get("meta", {}).get("versionId")) else id(e)
+        key = (
+            (r["resourceType"], r.get("id"))
+            if r.get("id")
+            and (bundle.get("type") == "history" or r.get("meta", {}).get("versionId"))
+            else id(e)
+        )
         if key in latest: report.leave(r["resourceType"], "an older version", r.get("id", ""))
         latest[key] = max(latest.get(key, e), e, key=version)
     return list(latest.values())
 
 def _contained(r: dict) -> list:
     "Results that a report contains; what others contain has a meaning only there."
-    return [x for x in r.get("contained", []) if x["resourceType"] == "Observation"] if r["resourceType"] == "DiagnosticReport" and not reason_against(r) else []
+    return (
+        [x for x in r.get("contained", []) if x["resourceType"] == "Observation"]
+        if r["resourceType"] == "DiagnosticReport" and not reason_against(r)
+        else []
+    )
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-60
 def _notes(record: Record, case: Case):
     "What a reader should know of the patient."
     p, note = record.patient, record.report.note
     if p.get("deceasedBoolean") or p.get("deceasedDateTime"):
-        note(f"the patient has died{' on ' + p['deceasedDateTime'][:10] if p.get('deceasedDateTime') else ''}; the case is as before")
+        note(
+            "the patient has"
+            f" died{' on ' + p['deceasedDateTime'][:10] if p.get('deceasedDateTime') else ''}; the"
+            " case is as before"
+        )
     if p.get("active") is False: note("the record is not in use any more (active: false)")
-    if any(x.get("type") == "replaced-by" for x in p.get("link", [])): note("another record has replaced this one")
+    if any(x.get("type") == "replaced-by" for x in p.get("link", [])):
+        note("another record has replaced this one")
     if not case.tells: note("there is nothing medical in it")
 
 def read_fhir(
@@ -510,9 +725,16 @@ def read_fhir(
     entries = _entries(present(_check_fhir(bundle, where)), older)
     tops = [e["resource"] for e in entries]
     patients = [r for r in tops if r["resourceType"] == "Patient"]
-    if len(patients) != 1: raise UserError(f"{where}: {len(patients)} Patient resources in the bundle; pass one patient's record at a time")
+    if len(patients) != 1:
+        raise UserError(
+            f"{where}: {len(patients)} Patient resources in the bundle; pass one patient's record"
+            " at a time"
+        )
     patient, find = patients[0], References(entries).find
-    if (why := reason_against(patient)): raise UserError(f"{where}: the Patient may not be read: {why}; ask whoever wrote the record")
+    if why := reason_against(patient):
+        raise UserError(
+            f"{where}: the Patient may not be read: {why}; ask whoever wrote the record"
+        )
     record = Record(patient, [x for r in tops if r is not patient for x in (r, *_contained(r))], find)
     record.report.merge(older)
     case = _case(record, id, where, [x for r in tops for x in (r, *r.get("contained", []))])
@@ -526,9 +748,19 @@ def _case(record: Record, id, where: str, everything: list) -> Case:
     part, habits = medical(record)
     patient = record.patient
     if married := concept(patient.get("maritalStatus")): habits.append(f"marital status: {married}")
-    culture = "; ".join(f"speaks {x}" for c in patient.get("communication", []) if (x := concept(c.get("language"))))
-    try: return Case(id=id or f"fhir-{patient.get('id', 'patient')}", source="FHIR R4", medical=part, private=private(patient, everything), social=dict(culture=culture, habits=habits))
-    except ValidationError as e: raise UserError(f"{where}: {fault(e)}; mend that field of the record") from None
+    culture = "; ".join(
+        f"speaks {x}" for c in patient.get("communication", []) if (x := concept(c.get("language")))
+    )
+    try:
+        return Case(
+            id=id or f"fhir-{patient.get('id', 'patient')}",
+            source="FHIR R4",
+            medical=part,
+            private=private(patient, everything),
+            social=dict(culture=culture, habits=habits),
+        )
+    except ValidationError as e:
+        raise UserError(f"{where}: {fault(e)}; mend that field of the record") from None
 
 def from_fhir(
     bundle,                # a Bundle as parsed JSON, or a `fhir.resources.R4B.bundle.Bundle`
@@ -554,13 +786,19 @@ def split_patients(
         if r.get("resourceType") == "Patient": continue
         whose = [_subject(r)] if _subject(r) else list(by)
         for p in whose: by.get(p, []).append(r)
-    return [dict(resourceType="Bundle", type="collection", entry=[dict(resource=r) for r in found]) for found in by.values()]
+    return [
+        dict(resourceType="Bundle", type="collection", entry=[dict(resource=r) for r in found])
+        for found in by.values()
+    ]
 
 def _files(path: Path) -> list[Path]:
     "The file, or the files of a folder of an export."
     if not path.is_dir(): return [path]
     found = sorted(p for p in path.iterdir() if p.name.removesuffix(".gz").endswith(".ndjson"))
-    if not found: raise UserError(f"{path}: a folder without .ndjson files; give a file, or the folder of a bulk export")
+    if not found:
+        raise UserError(
+            f"{path}: a folder without .ndjson files; give a file, or the folder of a bulk export"
+        )
     return found
 
 # %% ../../nbs/clinic/fhir.ipynb #cell-68
@@ -570,10 +808,18 @@ def fhir_bundles(
     "The bundles of a file, one for each patient."
     found = [(w, x) for p in _files(Path(path)) for w, x in json_values(p)]
     for w, x in found:
-        if not isinstance(x, dict): raise UserError(f"{w}: {type(x).__name__}, not a FHIR resource; each is an object with a resourceType")
+        if not isinstance(x, dict):
+            raise UserError(
+                f"{w}: {type(x).__name__}, not a FHIR resource; each is an object with a"
+                " resourceType"
+            )
     if len(found) == 1 or all(x.get("resourceType") == "Bundle" for _, x in found): return found
     bundles = split_patients([x for _, x in found])
-    if not bundles: raise UserError(f"{path}: {len(found)} resources and no Patient among them; give the folder of the bulk export, or a Bundle")
+    if not bundles:
+        raise UserError(
+            f"{path}: {len(found)} resources and no Patient among them; give the folder of the bulk"
+            " export, or a Bundle"
+        )
     return [(f"{path}, patient {b['entry'][0]['resource'].get('id')}", b) for b in bundles]
 
 def load_fhir_all(
@@ -583,7 +829,11 @@ def load_fhir_all(
     bundles, stem, out = fhir_bundles(path), Path(path).name.split(".")[0], []
     for where, b in bundles:
         case, report = read_fhir(b, f"fhir-{stem}" if len(bundles) == 1 else None, where)
-        if not case.tells and len(bundles) == 1: raise UserError(f"{where}: a Patient and nothing medical; export the visits, conditions and values with it")
+        if not case.tells and len(bundles) == 1:
+            raise UserError(
+                f"{where}: a Patient and nothing medical; export the visits, conditions and values"
+                " with it"
+            )
         out.append((case, report))
     return out
 

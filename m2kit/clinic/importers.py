@@ -23,10 +23,15 @@ def flat(
 ) -> dict[str, str]:  # {"Foot Examination / Right / Inspection": "..."}
     "Nested findings as one dict."
     under = lambda key: " / ".join(x for x in (name, str(key).replace("_", " ").strip()) if x)
-    if isinstance(value, dict): return {k: v for key, x in value.items() for k, v in flat(x, under(key)).items()}
+    if isinstance(value, dict):
+        return {k: v for key, x in value.items() for k, v in flat(x, under(key)).items()}
     if isinstance(value, list) and any(isinstance(x, (dict, list)) for x in value):
         return {k: v for i, x in enumerate(value, 1) for k, v in flat(x, under(i)).items()}
-    text = "; ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value).strip()
+    text = (
+        "; ".join(map(str, value))
+        if isinstance(value, list)
+        else "" if value is None else str(value).strip()
+    )
     return {name or "finding": text} if text else {}
 
 # %% ../../nbs/clinic/importers.ipynb #cell-11
@@ -40,7 +45,12 @@ def says_nothing(
 ) -> bool:
     "Whether a sentence only says that nothing was said."
     words = re.findall(r"[a-z]+", sentence.lower())
-    return bool(words) and words[0] in {"no", "none", "not", "information", "details", "data"} and bool(_TOLD & set(words)) and set(words) <= _EMPTY | _TOLD
+    return (
+        bool(words)
+        and words[0] in {"no", "none", "not", "information", "details", "data"}
+        and bool(_TOLD & set(words))
+        and set(words) <= _EMPTY | _TOLD
+    )
 
 def sentences(text: str) -> list[str]:   # without their spaces
     "The sentences of a text; a semicolon ends one, too."
@@ -52,19 +62,37 @@ def phrases(
     "Short phrases from whatever holds them."
     if isinstance(value, dict): value = [f"{k}: {v}" for k, v in flat(value).items()]
     if not isinstance(value, list): value = [value]
-    found = [v for x in value if x is not None for v in ([x.strip()] if isinstance(x, str) else flat(x).values())]
-    told = [x if not any(map(says_nothing, ss := sentences(x))) else " ".join(s for s in ss if not says_nothing(s)) for x in found]
+    found = [
+        v
+        for x in value
+        if x is not None
+        for v in ([x.strip()] if isinstance(x, str) else flat(x).values())
+    ]
+    told = [
+        (
+            x
+            if not any(map(says_nothing, ss := sentences(x)))
+            else " ".join(s for s in ss if not says_nothing(s))
+        )
+        for x in found
+    ]
     return [x for x in told if x]
 
 # %% ../../nbs/clinic/importers.ipynb #cell-14
 _N = r"(?P<n>\d{1,3}(?:\.\d+)?)"
-_AGES = [re.compile(p, re.I) for p in (
-    rf"\b{_N}[\s-]*(?P<unit>y)(?:ea)?(?:rs?)?(?:[\s-]*old\b|[\s/.-]*o\b\.?)",
-    rf"\bage[d:]*\s*{_N}\b(?!\s*(?:days?|weeks?|months?))(?:\s*years?)?(?P<unit>)",
-    rf"\b{_N}[\s-]*(?P<unit>month|mo|week|wk|day)s?[\s-]*old\b",
-    rf"\b{_N}[\s-]*(?P<unit>year|yr)s?\b(?!\s*(?:history|ago|pack|of))",
-    rf"\b{_N}[\s-]*(?P<unit>month|mo|week|wk|day)s?\b(?!['\s-]*(?:pregnan|gestation|history|ago|postpartum|of))",
-    rf"\b{_N}\s?(?P<unit>)(?=[MF]\b)", rf"(?<=\b[MF])[\s/]{_N}(?P<unit>)\b", r"\b(?:newborn|neonate)\b")]
+_AGES = [
+    re.compile(p, re.I)
+    for p in (
+        rf"\b{_N}[\s-]*(?P<unit>y)(?:ea)?(?:rs?)?(?:[\s-]*old\b|[\s/.-]*o\b\.?)",
+        rf"\bage[d:]*\s*{_N}\b(?!\s*(?:days?|weeks?|months?))(?:\s*years?)?(?P<unit>)",
+        rf"\b{_N}[\s-]*(?P<unit>month|mo|week|wk|day)s?[\s-]*old\b",
+        rf"\b{_N}[\s-]*(?P<unit>year|yr)s?\b(?!\s*(?:history|ago|pack|of))",
+        rf"\b{_N}[\s-]*(?P<unit>month|mo|week|wk|day)s?\b(?!['\s-]*(?:pregnan|gestation|history|ago|postpartum|of))",
+        rf"\b{_N}\s?(?P<unit>)(?=[MF]\b)",
+        rf"(?<=\b[MF])[\s/]{_N}(?P<unit>)\b",
+        r"\b(?:newborn|neonate)\b",
+    )
+]
 _PER_YEAR = dict(m=12, w=52, d=365)
 
 def _age(text: str):
@@ -80,7 +108,9 @@ def age_and_sex(
 ) -> tuple[int | None, str | None, str]: # whole years, "female" or "male", and what else the phrase says
     "Read a demographics phrase."
     age, years, more = _age(text)
-    sex = re.search(r"\b(?:(female|woman|girl|lady)|(male|man|boy|gentleman))\b", text, re.I) or re.search(r"(?<![a-z'])(?:(F)|(M))\b(?!')", text)
+    sex = re.search(
+        r"\b(?:(female|woman|girl|lady)|(male|man|boy|gentleman))\b", text, re.I
+    ) or re.search(r"(?<![a-z'])(?:(F)|(M))\b(?!')", text)
     spans = sorted((m.span() for m in (age, sex) if m), reverse=True)
     for a, b in spans: text = text[:a] + " " + text[b:]
     rest = re.sub(r"\s+([,;])", r"\1", re.sub(r"\s+", " ", text)).strip(" ,.;/-")
@@ -88,9 +118,15 @@ def age_and_sex(
 
 # %% ../../nbs/clinic/importers.ipynb #cell-17
 _VERBS = r"denies|denied|reports?|reported|complains?|admits?|states?|endorses?|notes?|feels?|experiences?|describes?|has|have|had|is|was|no|without"
-_BREAK = re.compile(rf",?\s+(?:but|however|although|though|yet)\s+|[,;]\s+(?:and\s+)?(?=(?:{_VERBS})\b)|\s+and\s+(?=(?:denies|denied|reports?|complains?|has|had)\b)", re.I)
+_BREAK = re.compile(
+    rf",?\s+(?:but|however|although|though|yet)\s+|[,;]\s+(?:and\s+)?(?=(?:{_VERBS})\b)|\s+and\s+(?=(?:denies|denied|reports?|complains?|has|had)\b)",
+    re.I,
+)
 _WHO = r"(?:(?:and|also|(?:the\s+)?(?:patient|he|she|they|baby|child|infant|mother)|has|have|had|there\s+(?:is|are)|reports?|reported)\s+)*"
-_DENIAL = re.compile(rf"\b(?:denies|denied|denying)\b|^{_WHO}(?:no(?!\s+longer)|never|without|none|not\s+(?:noticed|had|experienced|reported|noted|any))\b", re.I)
+_DENIAL = re.compile(
+    rf"\b(?:denies|denied|denying)\b|^{_WHO}(?:no(?!\s+longer)|never|without|none|not\s+(?:noticed|had|experienced|reported|noted|any))\b",
+    re.I,
+)
 
 def _clauses(sentence: str) -> list[tuple[str, bool]]:
     "Pieces of a sentence, each with whether it denies; neighbours of one kind stay together."
@@ -114,7 +150,11 @@ def review(
 def _dict(value, name: str, where: str) -> dict:
     "`value` if it is a JSON object, else a `UserError`; an absent one is empty."
     if value is None: return {}
-    if not isinstance(value, dict): raise UserError(f"{where}: {name} is {type(value).__name__}, not an object; give it the fields of AgentClinic's OSCE schema")
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: {name} is {type(value).__name__}, not an object; give it the fields of"
+            " AgentClinic's OSCE schema"
+        )
     return value
 
 def _findings(exam: dict) -> dict:
@@ -133,12 +173,30 @@ def _osce_medical(exam: dict, where: str) -> dict:
     told = actor.pop("Symptoms", None)
     symptoms = [p for v in (told.values() if isinstance(told, dict) else [told]) for p in phrases(v)]
     present, absent = review(" ".join(take("Review_of_Systems")))
-    story, past, allergies, medications = take("History"), take("Past_Medical_History"), take("Allergies"), take("Current_Medications") + take("Medications")
-    if not symptoms and not story: raise UserError(f"{where}: Patient_Actor has neither Symptoms nor History; a patient needs one of them")
+    story, past, allergies, medications = (
+        take("History"),
+        take("Past_Medical_History"),
+        take("Allergies"),
+        take("Current_Medications") + take("Medications"),
+    )
+    if not symptoms and not story:
+        raise UserError(
+            f"{where}: Patient_Actor has neither Symptoms nor History; a patient needs one of them"
+        )
     actor.pop("Social_History", None)
     history = [*past, *([rest] if rest else []), *(f"{k}: {v}" for k, v in flat(actor).items())]
-    return dict(age=age, sex=sex, complaint=(symptoms or story)[0], story=" ".join([*story, *(f"{p}." for p in present)]), symptoms=symptoms,
-                denies=absent, history=history, medications=medications, allergies=allergies, **_findings(exam))
+    return dict(
+        age=age,
+        sex=sex,
+        complaint=(symptoms or story)[0],
+        story=" ".join([*story, *(f"{p}." for p in present)]),
+        symptoms=symptoms,
+        denies=absent,
+        history=history,
+        medications=medications,
+        allergies=allergies,
+        **_findings(exam),
+    )
 
 # %% ../../nbs/clinic/importers.ipynb #cell-22
 def _made(where: str, **parts) -> Case:
@@ -148,7 +206,8 @@ def _made(where: str, **parts) -> Case:
 
 def _strings(x) -> list[str]:
     "Every text in nested JSON."
-    if isinstance(x, (dict, list)): return [s for v in (x.values() if isinstance(x, dict) else x) for s in _strings(v)]
+    if isinstance(x, (dict, list)):
+        return [s for v in (x.values() if isinstance(x, dict) else x) for s in _strings(v)]
     return [x] if isinstance(x, str) else []
 
 def read_agentclinic(
@@ -158,10 +217,27 @@ def read_agentclinic(
 ) -> tuple[Case, Report]:
     "A case from a row in AgentClinic's OSCE schema, and what was left out."
     exam = row.get("OSCE_Examination") if isinstance(row, dict) else None
-    if not isinstance(exam, dict): raise UserError(f'{where}: no "OSCE_Examination" object; each row is {{"OSCE_Examination": {{...}}}} as AgentClinic writes it')
-    if "Patient_Actor" not in exam: raise UserError(f"{where}: OSCE_Examination has no Patient_Actor (it has: {', '.join(exam) or 'nothing'}); add one")
-    medical = dict(_osce_medical(exam, where), condition=" ".join(phrases(exam.get("Correct_Diagnosis"))) or None)
-    case = _made(where, id=id, source="AgentClinic", medical=medical, social=dict(habits=phrases(exam["Patient_Actor"].get("Social_History"))))
+    if not isinstance(exam, dict):
+        raise UserError(
+            f'{where}: no "OSCE_Examination" object; each row is {{"OSCE_Examination": {{...}}}} as'
+            ' AgentClinic writes it'
+        )
+    if "Patient_Actor" not in exam:
+        raise UserError(
+            f"{where}: OSCE_Examination has no Patient_Actor (it has:"
+            f" {', '.join(exam) or 'nothing'}); add one"
+        )
+    medical = dict(
+        _osce_medical(exam, where),
+        condition=" ".join(phrases(exam.get("Correct_Diagnosis"))) or None,
+    )
+    case = _made(
+        where,
+        id=id,
+        source="AgentClinic",
+        medical=medical,
+        social=dict(habits=phrases(exam["Patient_Actor"].get("Social_History"))),
+    )
     return case, _report(exam, {"Objective_for_Doctor": "an instruction to the doctor"})
 
 def from_agentclinic(
@@ -184,9 +260,16 @@ def _report(row: dict, unread: dict) -> Report:
     return r
 
 # %% ../../nbs/clinic/importers.ipynb #cell-27
-_STAGE = re.compile(r"^(?:\W*(?:for|as) (?:your role as )?a(?: patient)?(?: actor)?\b[^:.]*?(?:: |, (?=you))|remember\b|your knowledge is limited|"
-                    r"you are not aware of|this (?:information|is all)|(?:the )?information you need)", re.I)
-_CAME = re.compile(r"\b(?:presented|was seen|was referred|came|was evaluated|was admitted)\b[^.]*?\b(?:with|for|because of)\s+(?:an?\s+|the\s+)?([^.]+)\.")
+_STAGE = re.compile(
+    r"^(?:\W*(?:for|as) (?:your role as )?a(?: patient)?(?: actor)?\b[^:.]*?(?:: |,"
+    r" (?=you))|remember\b|your knowledge is limited|"
+    r"you are not aware of|this (?:information|is all)|(?:the )?information you need)",
+    re.I,
+)
+_CAME = re.compile(
+    r"\b(?:presented|was seen|was referred|came|was evaluated|was"
+    r" admitted)\b[^.]*?\b(?:with|for|because of)\s+(?:an?\s+|the\s+)?([^.]+)\."
+)
 
 def _told_story(text: str) -> str:
     "What the actor knows, without the directions of how to play."
@@ -205,20 +288,55 @@ def read_nejm(
 ) -> tuple[Case, Report]:
     "A case from a row of AgentClinic's NEJM files, and what was left out."
     info, question, answers = (row.get(k) for k in ("patient_info", "question", "answers"))
-    if not isinstance(info, str) or not info.strip(): raise UserError(f"{where}: patient_info is no text; give what the patient is told")
-    right = [a.get("text") for a in answers if isinstance(a, dict) and a.get("correct") is True] if isinstance(answers, list) else []
-    if len(right) != 1: raise UserError(f"{where}: {len(right)} correct answers; mark one of `answers` with \"correct\": true")
+    if not isinstance(info, str) or not info.strip():
+        raise UserError(f"{where}: patient_info is no text; give what the patient is told")
+    right = (
+        [a.get("text") for a in answers if isinstance(a, dict) and a.get("correct") is True]
+        if isinstance(answers, list)
+        else []
+    )
+    if len(right) != 1:
+        raise UserError(
+            f"{where}: {len(right)} correct answers; mark one of `answers` with \"correct\": true"
+        )
     age, sex, _ = age_and_sex(f"{info} {question}")
     came, story, exams = _CAME.search(str(question or "")), _told_story(info), row.get("physical_exams")
-    medical = dict(age=age, sex=sex, complaint=came[1] if came else (sentences(story) or [story])[0], story=story,
-                   tests=flat(exams, "" if isinstance(exams, dict) else "Findings"), condition=right[0])
-    unread = dict(image_url="an image, which is not read", question="its findings would be told; the complaint is taken from it", answers="the wrong ones; the right one is the condition", type="a label of the image")
+    medical = dict(
+        age=age,
+        sex=sex,
+        complaint=came[1] if came else (sentences(story) or [story])[0],
+        story=story,
+        tests=flat(exams, "" if isinstance(exams, dict) else "Findings"),
+        condition=right[0],
+    )
+    unread = dict(
+        image_url="an image, which is not read",
+        question="its findings would be told; the complaint is taken from it",
+        answers="the wrong ones; the right one is the condition",
+        type="a label of the image",
+    )
     return _made(where, id=id, source="AgentClinic NEJM", medical=medical), _report(row, unread)
 
 # %% ../../nbs/clinic/importers.ipynb #cell-32
 _BLANK = {"", "not recorded", "unknown", "nan", "n/a", "___"}
-_HABITS = ("tobacco", "alcohol", "illicit_drug", "sexual_history", "exercise", "living_situation", "children", "marital_status", "race")
-_MOODS = dict(distrust="distrustful", overanxious="anxious", pleasing="eager to please", impatient="impatient", verbose="talkative")
+_HABITS = (
+    "tobacco",
+    "alcohol",
+    "illicit_drug",
+    "sexual_history",
+    "exercise",
+    "living_situation",
+    "children",
+    "marital_status",
+    "race",
+)
+_MOODS = dict(
+    distrust="distrustful",
+    overanxious="anxious",
+    pleasing="eager to please",
+    impatient="impatient",
+    verbose="talkative",
+)
 _LEVELS = dict(A="basic", B="everyday", C="fluent")
 
 def _values(row: dict, key: str) -> list[str]:
@@ -233,12 +351,24 @@ def _visit(row: dict) -> dict:
     age = next((int(float(x)) for x in get("age") if re.fullmatch(r"\d{1,3}(\.\d+)?", x)), None)
     sex = {"f": "female", "m": "male"}.get(next(iter(get("gender")), "")[:1].lower())
     none = [a for a in get("allergies") if re.match(r"(no\b|none|nkda)", a, re.I)]
-    history = [*get("medical_history"), *(f"family: {x}" for x in get("family_medical_history")), *(f"device: {x}" for x in get("medical_device")),
-               *(f"came by: {x}" for x in get("arrival_transport"))]
-    return dict(age=age, sex=sex, complaint=", ".join(get("chiefcomplaint")), symptoms=get("present_illness_positive"),
-                denies=[*get("present_illness_negative"), *(["allergies"] if none else [])], history=history, medications=get("medication"),
-                allergies=[a for a in get("allergies") if a not in none], vitals={"Pain, 0 to 10": x for x in get("pain")[:1]},
-                condition="; ".join(get("diagnosis")) or None)
+    history = [
+        *get("medical_history"),
+        *(f"family: {x}" for x in get("family_medical_history")),
+        *(f"device: {x}" for x in get("medical_device")),
+        *(f"came by: {x}" for x in get("arrival_transport")),
+    ]
+    return dict(
+        age=age,
+        sex=sex,
+        complaint=", ".join(get("chiefcomplaint")),
+        symptoms=get("present_illness_positive"),
+        denies=[*get("present_illness_negative"), *(["allergies"] if none else [])],
+        history=history,
+        medications=get("medication"),
+        allergies=[a for a in get("allergies") if a not in none],
+        vitals={"Pain, 0 to 10": x for x in get("pain")[:1]},
+        condition="; ".join(get("diagnosis")) or None,
+    )
 
 # %% ../../nbs/clinic/importers.ipynb #cell-33
 _PROMPT = "a list of words for its own prompts"
@@ -254,16 +384,45 @@ def read_patientsim(
     level = (_values(row, "cefr") or [""])[0][:1].upper()
     dazed = [f"dazed ({x})" for x in _values(row, "dazed_level") if x != "normal"]
     mood = ", ".join([*(_MOODS[x] for x in _values(row, "personality") if x in _MOODS), *dazed])
-    social = dict(language=_LEVELS.get(level), occupation="; ".join(_values(row, "occupation")), habits=[f"{k.replace('_', ' ')}: {x}" for k in _HABITS for x in _values(row, k)])
-    case = _made(where, id=id or f"patientsim-{(_values(row, 'hadm_id') or ['unknown'])[0]}", source="PatientSim", medical=medical, social=social,
-                 private=dict(insurance="; ".join(_values(row, "insurance"))), psychological=dict(mood=mood))
+    social = dict(
+        language=_LEVELS.get(level),
+        occupation="; ".join(_values(row, "occupation")),
+        habits=[f"{k.replace('_', ' ')}: {x}" for k in _HABITS for x in _values(row, k)],
+    )
+    case = _made(
+        where,
+        id=id or f"patientsim-{(_values(row, 'hadm_id') or ['unknown'])[0]}",
+        source="PatientSim",
+        medical=medical,
+        social=social,
+        private=dict(insurance="; ".join(_values(row, "insurance"))),
+        psychological=dict(mood=mood),
+    )
     words = {k: _PROMPT for k in row if re.match(r"(cefr|med)_[A-C]", k)}
-    return case, _report(row, words | dict(disposition="it is known only after the visit", recall_level="a case has no field for it", split="a label of the data set"))
+    return case, _report(
+        row,
+        words
+        | dict(
+            disposition="it is known only after the visit",
+            recall_level="a case has no field for it",
+            split="a label of the data set",
+        ),
+    )
 
 # %% ../../nbs/clinic/importers.ipynb #cell-36
-MARKS = dict(agentclinic="OSCE_Examination", nejm="patient_info", patientsim="chiefcomplaint", fhir="resourceType", case="medical")
-_READERS = dict(agentclinic=read_agentclinic, nejm=read_nejm, patientsim=lambda row, id, where: read_patientsim(row, None, where),
-                case=lambda row, id, where: (Case.read(row, where), Report()))
+MARKS = dict(
+    agentclinic="OSCE_Examination",
+    nejm="patient_info",
+    patientsim="chiefcomplaint",
+    fhir="resourceType",
+    case="medical",
+)
+_READERS = dict(
+    agentclinic=read_agentclinic,
+    nejm=read_nejm,
+    patientsim=lambda row, id, where: read_patientsim(row, None, where),
+    case=lambda row, id, where: (Case.read(row, where), Report()),
+)
 
 def kind_of(
     row,        # parsed JSON
@@ -288,9 +447,14 @@ def load_cases(
     if kind_of(rows[0][1]) == "fhir": return load_fhir_all(path)
     for i, (where, row) in enumerate(rows, 1):
         kind = kind_of(row)
-        if kind not in _READERS: raise UserError(f"{where}: no case; a row has one of the keys {', '.join(MARKS.values())}")
+        if kind not in _READERS:
+            raise UserError(
+                f"{where}: no case; a row has one of the keys {', '.join(MARKS.values())}"
+            )
         line = re.search(r"(\d+)$", where)
-        case, report = _READERS[kind](row, f"{kind}-{int(line[1]) if line and len(rows) > 1 else i:03d}", where)
+        case, report = _READERS[kind](
+            row, f"{kind}-{int(line[1]) if line and len(rows) > 1 else i:03d}", where
+        )
         if (again := once.fault(case.id, where)): raise UserError(f"{where}: {again}")
         out.append((case, report))
     return out

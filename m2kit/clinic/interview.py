@@ -40,7 +40,10 @@ _SENTENCE = re.compile(r"\[END\]|(?:[^.!?\[]|\[(?!END\]))+[.!?]?")
 def _patterns(tables: tuple[str, ...]) -> list:
     "Compiled wordings with their table and kind, the most specific first."
     rows = [(t, k, w) for t in tables for k, ws in lexicon()[t].items() for w in ws]
-    return [(t, k, re.compile(re.escape(w).replace(r"\{\}", _ITEM))) for t, k, w in sorted(rows, key=lambda r: (-len(r[2].replace("{}", "")), r[2]))]
+    return [
+        (t, k, re.compile(re.escape(w).replace(r"\{\}", _ITEM)))
+        for t, k, w in sorted(rows, key=lambda r: (-len(r[2].replace("{}", "")), r[2]))
+    ]
 
 def sentences(
     text: str,     # what somebody said
@@ -58,13 +61,24 @@ def match(
         if (m := pattern.fullmatch(sentence)): return table, kind, (m[1] if m.groups() else "")
 
 # %% ../../nbs/clinic/interview.ipynb #cell-12
-ASKS = ("ask_symptom", "ask_onset", "ask_severity", "ask_history", "ask_medicines", "ask_allergies", "ask_habits", "ask_work")
+ASKS = (
+    "ask_symptom",
+    "ask_onset",
+    "ask_severity",
+    "ask_history",
+    "ask_medicines",
+    "ask_allergies",
+    "ask_habits",
+    "ask_work",
+)
 CLOSING = ("diagnose", "leave")
 
 @dataclass(frozen=True)
 class DoctorTurn:
     "What the doctor does in one turn, and its words."
-    act: str             # a kind of the tables "doctor" and "private": "ask_symptom", "treatment", ...; "ask_private" for the latter
+    # a kind of the tables "doctor" and "private": "ask_symptom", "treatment", ...; "ask_private"
+    # for the latter
+    act: str
     item: str = ""       # the symptom, test, treatment or condition; the field of a private question
     tone: str = ""       # "brusque", "gentle" or ""
     cost: str = ""       # "costly", "cheap" or ""
@@ -94,18 +108,40 @@ def read_doctor(
 ) -> DoctorTurn | None:
     "What the doctor does, or None when it is not in this language."
     found = [m for s in sentences(text) if (m := match(s, "doctor", "private", "tone", "cost"))]
-    acts = [("ask_private", kind) if table == "private" else (kind, item) for table, kind, item in found if table in ("doctor", "private")]
+    acts = [
+        ("ask_private", kind) if table == "private" else (kind, item)
+        for table, kind, item in found
+        if table in ("doctor", "private")
+    ]
     of = lambda t: next((kind for table, kind, _ in found if table == t), "")
     return DoctorTurn(*acts[-1], of("tone"), of("cost"), text) if acts else None
 
 # %% ../../nbs/clinic/interview.ipynb #cell-20
 def _inquiry(script: Script, rng: random.Random, symptoms: tuple[int, int], others: int | None) -> list[tuple[str, str]]:
     "The questions of a consultation, in random order."
-    there, absent = [s for s in script.items("symptoms") if s != script.case.medical.complaint], script.items("denies")
-    every = sorted({s for c in conditions().values() for s in c.names("symptoms")} - set(script.items("symptoms")) - set(absent))
-    asked = rng.sample(there, min(symptoms[0], len(there))) + rng.sample(absent, min(symptoms[1], len(absent))) + ([rng.choice(every)] if rng.random() < .15 else [])
-    other = [(a, "") for a in (rng.sample(ASKS[1:3], 1) + rng.sample(ASKS[3:], 2) if others is None else rng.sample(ASKS[1:], others))]
-    if rng.random() < .5: other.append(("ask_private", rng.choice(list(script.secrets) or ["name"]).split(":")[0]))
+    there, absent = [
+        s for s in script.items("symptoms") if s != script.case.medical.complaint
+    ], script.items("denies")
+    every = sorted(
+        {s for c in conditions().values() for s in c.names("symptoms")}
+        - set(script.items("symptoms"))
+        - set(absent)
+    )
+    asked = (
+        rng.sample(there, min(symptoms[0], len(there)))
+        + rng.sample(absent, min(symptoms[1], len(absent)))
+        + ([rng.choice(every)] if rng.random() < 0.15 else [])
+    )
+    other = [
+        (a, "")
+        for a in (
+            rng.sample(ASKS[1:3], 1) + rng.sample(ASKS[3:], 2)
+            if others is None
+            else rng.sample(ASKS[1:], others)
+        )
+    ]
+    if rng.random() < 0.5:
+        other.append(("ask_private", rng.choice(list(script.secrets) or ["name"]).split(":")[0]))
     if rng.random() < .3: other.append((rng.choice(("small_talk", "stay")), ""))
     acts = [("ask_symptom", s) for s in asked] + other
     return rng.sample(acts, len(acts))
@@ -114,9 +150,13 @@ def _proposals(script: Script, rng: random.Random, rounds: int) -> list[tuple[st
     "Tests, perhaps a possibility, treatments, an end, and two turns beyond it."
     c = conditions().get(script.case.medical.condition) or conditions()[rng.choice(sorted(conditions()))]
     maybe = [("explain", rng.choice(c.differentials))] if rng.random() < .5 else []
-    some = lambda act: [(act, x) for x in rng.sample(c.names(act + "s"), min(rounds, len(c.names(act + "s"))))]
+    some = lambda act: [
+        (act, x) for x in rng.sample(c.names(act + "s"), min(rounds, len(c.names(act + "s"))))
+    ]
     end = ("diagnose", c.name) if rng.random() < .5 else ("leave", "")
-    beyond = rng.sample([("small_talk", ""), ("stay", ""), ("ask_onset", ""), ("ask_work", ""), ("leave", "")], 2)
+    beyond = rng.sample(
+        [("small_talk", ""), ("stay", ""), ("ask_onset", ""), ("ask_work", ""), ("leave", "")], 2
+    )
     return [*some("test"), *maybe, *some("treatment"), end, *beyond]
 
 # %% ../../nbs/clinic/interview.ipynb #cell-21
@@ -130,7 +170,12 @@ def doctor_turns(
 ) -> list[DoctorTurn]:       # about twelve; one closes, then two go on
     "The doctor's side of one consultation."
     start = [("greet", "")] if rng.random() < .3 else []
-    plan = start + [("open", "")] + _inquiry(script, rng, symptoms, others) + _proposals(script, rng, proposals)
+    plan = (
+        start
+        + [("open", "")]
+        + _inquiry(script, rng, symptoms, others)
+        + _proposals(script, rng, proposals)
+    )
     free = ("greet", "open", *CLOSING)
     tone = lambda act: "" if act in free else rng.choices(("", "brusque", "gentle"), (.7, .15, .15))[0]
     cost = lambda act: rng.choice(("costly", "cheap", "")) if act in ("test", "treatment") else ""
@@ -151,7 +196,11 @@ def read_reply(
     out = []
     for s in sentences(text):
         table, kind, item = match(s, "patient", "desk") or ("", "end" if s == "[END]" else "other", "")
-        out.append(Said("private", kind, s, item) if table == "desk" else Said("affirm" if kind == "complaint" else kind, item, s))
+        out.append(
+            Said("private", kind, s, item)
+            if table == "desk"
+            else Said("affirm" if kind == "complaint" else kind, item, s)
+        )
     return out
 
 # %% ../../nbs/clinic/interview.ipynb #cell-27
@@ -167,9 +216,25 @@ def say_reply(
     return rng.choice(wordings(kind, half, "patient")).format(item)
 
 # %% ../../nbs/clinic/interview.ipynb #cell-32
-_SLOTS = dict(ask_onset=("onset", "onset", "unsure"), ask_severity=("severity", "severity", "unsure"), ask_history=("history", "history", "no_history"),
-              ask_medicines=("medicines", "medicine", "no_medicine"), ask_allergies=("allergies", "allergy", "no_allergy"), ask_habits=("habits", "habit", "unsure"), ask_work=("work", "work", "unsure"))
-_ANSWERS = dict(greet="hello", small_talk="chat", stay="chat", explain="understood", test="agrees", diagnose="understood", leave="farewell", ask_private="deflect")
+_SLOTS = dict(
+    ask_onset=("onset", "onset", "unsure"),
+    ask_severity=("severity", "severity", "unsure"),
+    ask_history=("history", "history", "no_history"),
+    ask_medicines=("medicines", "medicine", "no_medicine"),
+    ask_allergies=("allergies", "allergy", "no_allergy"),
+    ask_habits=("habits", "habit", "unsure"),
+    ask_work=("work", "work", "unsure"),
+)
+_ANSWERS = dict(
+    greet="hello",
+    small_talk="chat",
+    stay="chat",
+    explain="understood",
+    test="agrees",
+    diagnose="understood",
+    leave="farewell",
+    ask_private="deflect",
+)
 
 def content(
     script: Script,        # of the patient
@@ -178,7 +243,16 @@ def content(
     "What the question calls for, and nothing else."
     if turn.act == "open": return [("complaint", script.case.medical.complaint)]
     if turn.act == "ask_symptom":
-        return [("affirm" if turn.item in script.items("symptoms") else "deny" if turn.item in script.items("denies") else "unsure", turn.item)]
+        return [
+            (
+                (
+                    "affirm"
+                    if turn.item in script.items("symptoms")
+                    else "deny" if turn.item in script.items("denies") else "unsure"
+                ),
+                turn.item,
+            )
+        ]
     if turn.act in _SLOTS:
         where, kind, nothing = _SLOTS[turn.act]
         return [(kind, x) for x in script.items(where)] or [(nothing, "")]
@@ -193,7 +267,11 @@ def behave(
 ) -> list[str]:           # kinds
     "The behaviours shown in this turn."
     if turn.closes: return []
-    return [b.kind for b in BEHAVIOURS if b.due(turn) and rng.random() < (b.yes if persona and b.holds(script.case) else b.no)]
+    return [
+        b.kind
+        for b in BEHAVIOURS
+        if b.due(turn) and rng.random() < (b.yes if persona and b.holds(script.case) else b.no)
+    ]
 
 def reply(
     script: Script,          # of the patient
@@ -219,5 +297,11 @@ def desk_turns(
 ) -> list[tuple[DoctorTurn, str]]: # question and answer
     "The registration desk asks, and the patient answers."
     known = [k for k in script.secrets if k in lexicon()["desk"]]
-    asked = [(say_turn("ask_private", f, rng, half=half), say_reply("private", f, rng, half, script.secrets[f])) for f in rng.sample(known, min(n, len(known)))]
+    asked = [
+        (
+            say_turn("ask_private", f, rng, half=half),
+            say_reply("private", f, rng, half, script.secrets[f]),
+        )
+        for f in rng.sample(known, min(n, len(known)))
+    ]
     return asked + [(say_turn("leave", "", rng, half=half), say_reply("farewell", "", rng, half))]

@@ -12,7 +12,9 @@ import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError,
+    model_validator)
 from ..core.errors import UserError, choose
 from ..core.run import data_dir
 
@@ -81,15 +83,25 @@ KINDS = ("tests", "treatments", "red_flags", "advice", "unsafe") # the kinds of 
 
 def _problems(c):
     "What is wrong within the condition `c`, sentence by sentence."
-    yield from (f"{k}: at least one is needed" for k in ("symptoms", "questions", "differentials", "sources", *KINDS) if not getattr(c, k))
+    yield from (
+        f"{k}: at least one is needed"
+        for k in ("symptoms", "questions", "differentials", "sources", *KINDS)
+        if not getattr(c, k)
+    )
     if c.age[0] > c.age[1]: yield f"age: {c.age[0]} is above {c.age[1]}"
     said = [n for k in KINDS for n in c.names(k)]
     if twice := sorted({n for n in said if said.count(n) > 1}): yield f"said twice: {', '.join(twice)}"
     pairs = [(x.treatment, x.fact) for x in c.contraindications]
     for x in c.contraindications:
-        if x.treatment not in c.names("treatments"): yield f"contraindications: {x.treatment} is not under treatments"
-        if pairs.count((x.treatment, x.fact)) > 1: yield f"contraindications: {x.treatment} with {x.fact} is there twice"
-        if (x.instead, x.fact) in pairs: yield f"contraindications: {x.instead} is given instead with {x.fact}, which forbids it too"
+        if x.treatment not in c.names("treatments"):
+            yield f"contraindications: {x.treatment} is not under treatments"
+        if pairs.count((x.treatment, x.fact)) > 1:
+            yield f"contraindications: {x.treatment} with {x.fact} is there twice"
+        if (x.instead, x.fact) in pairs:
+            yield (
+                f"contraindications: {x.instead} is given instead with {x.fact}, which forbids"
+                " it too"
+            )
 
 # %% ../../nbs/clinic/knowledge.ipynb #cell-18
 class Condition(Frozen):
@@ -118,7 +130,12 @@ class Condition(Frozen):
 
     def names(self, kind: str) -> list[str]:
         "The names under one kind, e.g. `tests`, in the file's order."
-        return [x if isinstance(x, str) else x.name for x in getattr(self, choose(kind, ("symptoms", "questions", "differentials", *KINDS), "kind"))]
+        return [
+            x if isinstance(x, str) else x.name
+            for x in getattr(
+                self, choose(kind, ("symptoms", "questions", "differentials", *KINDS), "kind")
+            )
+        ]
 
 # %% ../../nbs/clinic/knowledge.ipynb #cell-21
 def fault(
@@ -128,25 +145,43 @@ def fault(
     errors = e.errors(include_url=False)
     first = errors[0]
     where = ".".join(map(str, first["loc"]))
-    value = "" if first["type"] == "missing" or isinstance(first["input"], (dict, BaseModel)) else f" (it is {repr(first['input'])[:60]})"
+    value = (
+        ""
+        if first["type"] == "missing" or isinstance(first["input"], (dict, BaseModel))
+        else f" (it is {repr(first['input'])[:60]})"
+    )
     more = f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
-    what = "there is no such field" if first["type"] == "extra_forbidden" else " ".join(first["msg"].removeprefix("Value error, ").split()).rstrip(".")
+    what = (
+        "there is no such field"
+        if first["type"] == "extra_forbidden"
+        else " ".join(first["msg"].removeprefix("Value error, ").split()).rstrip(".")
+    )
     return f"{where + ': ' if where else ''}{what}{value}{more}"
 
 # %% ../../nbs/clinic/knowledge.ipynb #cell-23
 def _toml(path: Path) -> dict:
     "A TOML file as a dict."
-    try: return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise UserError(f"{path}: no such file; the kit's own are in {data_dir()/'clinic'}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise UserError(f"{path}: not TOML: {e}; mend that line") from None
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; the kit's own are in {data_dir()/'clinic'}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not TOML: {e}; mend that line") from None
 
 def load_condition(
     path, # a TOML file
 ) -> Condition:
     "One condition from its file, or a `UserError` that names the file and the field."
     path = Path(path)
-    try: return Condition.model_validate(_toml(path))
-    except ValidationError as e: raise UserError(f"{path}: {fault(e)}; mend that field ({path.name} follows the fields of m2kit.clinic.knowledge.Condition)") from None
+    try:
+        return Condition.model_validate(_toml(path))
+    except ValidationError as e:
+        raise UserError(
+            f"{path}: {fault(e)}; mend that field ({path.name} follows the fields of"
+            " m2kit.clinic.knowledge.Condition)"
+        ) from None
 
 # %% ../../nbs/clinic/knowledge.ipynb #cell-26
 def load_facts(
@@ -156,8 +191,10 @@ def load_facts(
     path, rows = Path(path), _toml(Path(path)).get("facts", [])
     facts = {}
     for i, row in enumerate(rows):
-        try: fact = Fact.model_validate(row)
-        except ValidationError as e: raise UserError(f"{path}: facts.{i}.{fault(e)}; mend that field") from None
+        try:
+            fact = Fact.model_validate(row)
+        except ValidationError as e:
+            raise UserError(f"{path}: facts.{i}.{fault(e)}; mend that field") from None
         if fact.name in facts: raise UserError(f"{path}: facts.{i}: {fact.name!r} is there twice; delete one")
         facts[fact.name] = fact
     return facts
@@ -176,10 +213,18 @@ def check(
     kind_of, lay_of, owner = {}, {}, {}
     def same(table, key, value, path, what):
         "The first file to speak of `key` decides its value."
-        if table.setdefault(key, value) != value: raise UserError(f"{path}: {key!r} is {what} {value!r} here and {table[key]!r} elsewhere; make them one")
+        if table.setdefault(key, value) != value:
+            raise UserError(
+                f"{path}: {key!r} is {what} {value!r} here and {table[key]!r} elsewhere; make"
+                " them one"
+            )
     for path, c in conditions.items():
         for x in c.contraindications:
-            if x.fact not in facts: raise UserError(f"{path}: contraindications: no patient fact named {x.fact!r}; add it to facts.toml or use one of: {', '.join(facts)}")
+            if x.fact not in facts:
+                raise UserError(
+                    f"{path}: contraindications: no patient fact named {x.fact!r}; add it to"
+                    f" facts.toml or use one of: {', '.join(facts)}"
+                )
             same(kind_of, x.instead, "treatments", path, "under")
         for k in KINDS:
             for n in c.names(k): same(kind_of, n, k, path, "under")
@@ -193,7 +238,11 @@ def load_conditions(
 ) -> dict[str, Condition]:  # by name, sorted
     "All conditions of a folder, checked one by one and against each other."
     paths = sorted(Path(folder).glob("*.toml"))
-    if not paths: raise UserError(f"{folder}: no condition files (*.toml) there; the kit's own are in {data_dir()/'clinic'/'conditions'}")
+    if not paths:
+        raise UserError(
+            f"{folder}: no condition files (*.toml) there; the kit's own are in"
+            f" {data_dir()/'clinic'/'conditions'}"
+        )
     read = {p: load_condition(p) for p in paths}
     check(read, facts)
     return {c.name: c for c in sorted(read.values(), key=lambda c: c.name)}

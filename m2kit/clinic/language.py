@@ -13,12 +13,32 @@ from typing import NamedTuple
 from ..core.errors import choose
 
 # %% ../../nbs/clinic/language.ipynb #cell-6
-FORMS = { # kind -> (short, long, long)
-    "diagnosis": ("Likely {}.", "Likely {}, as far as I can tell today.", "Likely {}, which would explain how you feel."),
-    "test":      ("Order {}.", "Order {}, so that we can be sure.", "Order {}, which will tell us more."),
-    "treatment": ("Treat with {}.", "Treat with {}, which helps most people a lot.", "Treat with {}, because it works in such cases."),
-    "red_flag":  ("Return for {}.", "Return for {}, at any time of the day.", "Return for {}, because that must not wait."),
-    "advice":    ("Also {}.", "Also {}, as well as you can manage.", "Also {}, which does make some difference."),
+FORMS = {  # kind -> (short, long, long)
+    "diagnosis": (
+        "Likely {}.",
+        "Likely {}, as far as I can tell today.",
+        "Likely {}, which would explain how you feel.",
+    ),
+    "test": (
+        "Order {}.",
+        "Order {}, so that we can be sure.",
+        "Order {}, which will tell us more.",
+    ),
+    "treatment": (
+        "Treat with {}.",
+        "Treat with {}, which helps most people a lot.",
+        "Treat with {}, because it works in such cases.",
+    ),
+    "red_flag": (
+        "Return for {}.",
+        "Return for {}, at any time of the day.",
+        "Return for {}, because that must not wait.",
+    ),
+    "advice": (
+        "Also {}.",
+        "Also {}, as well as you can manage.",
+        "Also {}, which does make some difference.",
+    ),
 }
 FILLER = (
     "I know that this must be worrying.",
@@ -48,7 +68,11 @@ def say(
     return FORMS[choose(kind, KINDS, "kind of clause")][form].format(item)
 
 # %% ../../nbs/clinic/language.ipynb #cell-11
-_PATTERNS = [(kind, i, re.compile(re.escape(f).replace(r"\{\}", r"([^.,]+)"))) for kind, fs in FORMS.items() for i, f in enumerate(fs)]
+_PATTERNS = [
+    (kind, i, re.compile(re.escape(f).replace(r"\{\}", r"([^.,]+)")))
+    for kind, fs in FORMS.items()
+    for i, f in enumerate(fs)
+]
 _SENTENCE = re.compile(r"[^.!?]+[.!?]?")
 
 @lru_cache(maxsize=100_000)  # a policy says the same few thousand sentences over and over
@@ -73,8 +97,13 @@ def composition(
 ) -> dict:                 # counts: clauses, filler, repeats, long, other
     "What an answer is made of. A repeat says the same kind and item again, in whatever form; filler is filler, however often."
     said = Counter((c.kind, c.item) for c in clauses if c.kind in KINDS)
-    return dict(clauses=len(clauses), filler=sum(c.kind == "filler" for c in clauses), repeats=sum(n - 1 for n in said.values()),
-                long=sum(c.form > 0 for c in clauses), other=sum(c.kind in ("other", "cut") for c in clauses))
+    return dict(
+        clauses=len(clauses),
+        filler=sum(c.kind == "filler" for c in clauses),
+        repeats=sum(n - 1 for n in said.values()),
+        long=sum(c.form > 0 for c in clauses),
+        other=sum(c.kind in ("other", "cut") for c in clauses),
+    )
 
 # %% ../../nbs/clinic/language.ipynb #cell-20
 PARTS = ("content", "phrasing", "filler", "repeats", "other")
@@ -86,7 +115,15 @@ def words_by_part(
     out, seen = dict.fromkeys(PARTS, 0), set()
     for c in clauses:
         n = len(c.item.split()) if c.kind in ("other", "cut") else len(say(*c).split())
-        part = "other" if c.kind in ("other", "cut") else "filler" if c.kind == "filler" else "repeats" if (c.kind, c.item) in seen else "content"
+        part = (
+            "other"
+            if c.kind in ("other", "cut")
+            else (
+                "filler"
+                if c.kind == "filler"
+                else "repeats" if (c.kind, c.item) in seen else "content"
+            )
+        )
         short = len(say(c.kind, c.item).split()) if part == "content" else n
         out[part] += short
         out["phrasing"] += n - short

@@ -17,12 +17,18 @@ from ..core.errors import choose
 from ..core.run import data_dir, fingerprint
 
 # %% ../../nbs/clinic/persona.ipynb #cell-6
-EVENTS = { # name -> does it happen in a turn with this act, tone and cost?
+EVENTS = {  # name -> does it happen in a turn with this act, tone and cost?
     "a test is proposed": lambda act, tone, cost: act == "test",
     "a treatment is proposed": lambda act, tone, cost: act == "treatment",
-    "a treatment is proposed, not brusquely": lambda act, tone, cost: act == "treatment" and tone != "brusque",
-    "a treatment is proposed brusquely": lambda act, tone, cost: act == "treatment" and tone == "brusque",
-    "a brusque word, no treatment": lambda act, tone, cost: tone == "brusque" and act != "treatment",
+    "a treatment is proposed, not brusquely": (
+        lambda act, tone, cost: act == "treatment" and tone != "brusque"
+    ),
+    "a treatment is proposed brusquely": (
+        lambda act, tone, cost: act == "treatment" and tone == "brusque"
+    ),
+    "a brusque word, no treatment": (
+        lambda act, tone, cost: tone == "brusque" and act != "treatment"
+    ),
     "a gentle word": lambda act, tone, cost: tone == "gentle",
     "something costly is proposed": lambda act, tone, cost: cost == "costly",
     "a medical word is used": lambda act, tone, cost: act in ("test", "explain"),
@@ -54,16 +60,96 @@ class Behaviour:
 
 # %% ../../nbs/clinic/persona.ipynb #cell-10
 BEHAVIOURS = (
-    Behaviour("asks_treatment", "psychological", "mbti", "E", "a test is proposed", "You ask about the treatment of your own accord.", True),
-    Behaviour("accepts", "psychological", "mbti", "I", "a treatment is proposed, not brusquely", "You accept what is proposed passively and leave it to the doctor.", True),
-    Behaviour("hurt", "psychological", "mbti", "F", "a brusque word, no treatment", "A harsh tone hurts you and you say so.", True),
-    Behaviour("declines", "psychological", "mbti", "F", "a treatment is proposed brusquely", "You refuse a treatment that is proposed harshly.", True),
-    Behaviour("soothed", "psychological", "mbti", "F", "a gentle word", "A kind word does you good and you say so.", True),
-    Behaviour("plans", "psychological", "mbti", "J", "a treatment is proposed", "You want a fixed plan with days and times.", False),
-    Behaviour("resists_cost", "social", "means", "poor", "something costly is proposed", "You cannot pay for costly things and say so.", True),
-    Behaviour("wants_evidence", "social", "education", "university", "a treatment is proposed", "You want to know the evidence for a treatment.", True),
-    Behaviour("asks_word", "social", "language", "basic", "a medical word is used", "You ask what a medical word means.", False),
-    Behaviour("asks_family", "social", "culture", "family decides", "a treatment is proposed", "You do not decide on a treatment without your family.", False),
+    Behaviour(
+        "asks_treatment",
+        "psychological",
+        "mbti",
+        "E",
+        "a test is proposed",
+        "You ask about the treatment of your own accord.",
+        True,
+    ),
+    Behaviour(
+        "accepts",
+        "psychological",
+        "mbti",
+        "I",
+        "a treatment is proposed, not brusquely",
+        "You accept what is proposed passively and leave it to the doctor.",
+        True,
+    ),
+    Behaviour(
+        "hurt",
+        "psychological",
+        "mbti",
+        "F",
+        "a brusque word, no treatment",
+        "A harsh tone hurts you and you say so.",
+        True,
+    ),
+    Behaviour(
+        "declines",
+        "psychological",
+        "mbti",
+        "F",
+        "a treatment is proposed brusquely",
+        "You refuse a treatment that is proposed harshly.",
+        True,
+    ),
+    Behaviour(
+        "soothed",
+        "psychological",
+        "mbti",
+        "F",
+        "a gentle word",
+        "A kind word does you good and you say so.",
+        True,
+    ),
+    Behaviour(
+        "plans",
+        "psychological",
+        "mbti",
+        "J",
+        "a treatment is proposed",
+        "You want a fixed plan with days and times.",
+        False,
+    ),
+    Behaviour(
+        "resists_cost",
+        "social",
+        "means",
+        "poor",
+        "something costly is proposed",
+        "You cannot pay for costly things and say so.",
+        True,
+    ),
+    Behaviour(
+        "wants_evidence",
+        "social",
+        "education",
+        "university",
+        "a treatment is proposed",
+        "You want to know the evidence for a treatment.",
+        True,
+    ),
+    Behaviour(
+        "asks_word",
+        "social",
+        "language",
+        "basic",
+        "a medical word is used",
+        "You ask what a medical word means.",
+        False,
+    ),
+    Behaviour(
+        "asks_family",
+        "social",
+        "culture",
+        "family decides",
+        "a treatment is proposed",
+        "You do not decide on a treatment without your family.",
+        False,
+    ),
 )
 
 # %% ../../nbs/clinic/persona.ipynb #cell-13
@@ -101,7 +187,11 @@ class Script:
 def _facts(names: list[str]) -> dict[str, list[str]]:
     "Facts of the knowledge base by where they are asked for."
     of = lambda end: [n.removesuffix(end) for n in names if n.endswith(end)]
-    return dict(medicines=of(" use"), allergies=of(" allergy"), history=[n for n in names if not n.endswith((" use", " allergy"))])
+    return dict(
+        medicines=of(" use"),
+        allergies=of(" allergy"),
+        history=[n for n in names if not n.endswith((" use", " allergy"))],
+    )
 
 # %% ../../nbs/clinic/persona.ipynb #cell-20
 from fastcore.basics import patch
@@ -118,15 +208,28 @@ def items(self: Script,
     "What the script says of one kind."
     m, s, kind = self.case.medical, self.case.social, choose(kind, KINDS, "kind of fact")
     found = _facts(m.facts).get(kind, [])
-    found += dict(symptoms=m.symptoms or [m.complaint], denies=m.denies, onset=_story(self, "It began"), severity=_story(self, "It is"), history=m.history,
-                  medicines=m.medications, allergies=m.allergies, habits=s.habits, work=[s.occupation])[kind]
+    found += dict(
+        symptoms=m.symptoms or [m.complaint],
+        denies=m.denies,
+        onset=_story(self, "It began"),
+        severity=_story(self, "It is"),
+        history=m.history,
+        medicines=m.medications,
+        allergies=m.allergies,
+        habits=s.habits,
+        work=[s.occupation],
+    )[kind]
     return [x for x in dict.fromkeys(found) if x and x != "none"]
 
 # %% ../../nbs/clinic/persona.ipynb #cell-24
 def _told(script: Script, texts: list[str]) -> list[str]:
     "The texts without the sentences that name the diagnosis."
     name = script.case.medical.condition or ""
-    names = [n for n in {name, re.sub(r"\s*\(.*?\)", "", name), *re.findall(r"\(([^)]{3,})\)", name)} if n.strip()]  # "Gout (acute)" is "Gout" too
+    names = [
+        n
+        for n in {name, re.sub(r"\s*\(.*?\)", "", name), *re.findall(r"\(([^)]{3,})\)", name)}
+        if n.strip()
+    ]  # "Gout (acute)" is "Gout" too
     told = re.compile("|".join(rf"\b{re.escape(n.strip())}(?!\w)" for n in names) or "(?!)", re.I)
     keep = lambda t: " ".join(s for s in re.split(r"(?<=[.;])\s+", t) if not told.search(s))
     return [k for t in texts if (k := keep(t))]
@@ -134,22 +237,44 @@ def _told(script: Script, texts: list[str]) -> list[str]:
 def _course(script: Script) -> list[tuple[str, str]]:
     "The story: when it began and how bad it is, a line each, where that is all of it."
     onset, severity, story = script.items("onset"), script.items("severity"), script.case.medical.story
-    if story == f"It began {' '.join(onset)}. It is {' '.join(severity)}.": return [("Began", *onset), ("Severity", *severity)]
+    if story == f"It began {' '.join(onset)}. It is {' '.join(severity)}.":
+        return [("Began", *onset), ("Severity", *severity)]
     return [("Story", " ".join(_told(script, [story])))]
 
 def _medical_lines(script: Script) -> list[tuple[str, str]]:
     "What the patient knows about the illness: heading and content; a line for each symptom, there or denied."
     m, told = script.case.medical, lambda texts: _told(script, texts)
     some = lambda kind, raw: "; ".join(told(script.items(kind))) or ("none" if raw else "")
-    who = ", ".join(x for x in (m.sex, f"{m.age} years" if m.age else "under one year" if m.age == 0 else "") if x)
-    return [("Patient", who), ("Speaker", "a parent, for the child" if m.age is not None and m.age < 12 else ""), ("Complaint", " ".join(told([m.complaint]))),
-            *(("Symptom", x) for x in told(script.items("symptoms"))), *_course(script), *(("Denies", x) for x in told(m.denies)),
-            ("Earlier illnesses", some("history", m.history)), ("Medicines", some("medicines", m.medications)), ("Allergies", some("allergies", m.allergies)),
-            ("Work", script.case.social.occupation), ("Habits", some("habits", []))]
+    who = ", ".join(
+        x
+        for x in (m.sex, f"{m.age} years" if m.age else "under one year" if m.age == 0 else "")
+        if x
+    )
+    return [
+        ("Patient", who),
+        ("Speaker", "a parent, for the child" if m.age is not None and m.age < 12 else ""),
+        ("Complaint", " ".join(told([m.complaint]))),
+        *(("Symptom", x) for x in told(script.items("symptoms"))),
+        *_course(script),
+        *(("Denies", x) for x in told(m.denies)),
+        ("Earlier illnesses", some("history", m.history)),
+        ("Medicines", some("medicines", m.medications)),
+        ("Allergies", some("allergies", m.allergies)),
+        ("Work", script.case.social.occupation),
+        ("Habits", some("habits", [])),
+    ]
 
 # %% ../../nbs/clinic/persona.ipynb #cell-26
 PRIVATE = "Not to be told in a consultation"
-FIELDS = dict(name="name", birth_date="birth date", contact="telephone", address="address", insurance="insurance", employer="employer", next_of_kin="next of kin")
+FIELDS = dict(
+    name="name",
+    birth_date="birth date",
+    contact="telephone",
+    address="address",
+    insurance="insurance",
+    employer="employer",
+    next_of_kin="next of kin",
+)
 
 @patch
 def text(self: Script,
@@ -158,8 +283,27 @@ def text(self: Script,
 ) -> str:                  # lines "Heading: content"
     "The script as the units read it."
     p, s, lines = self.case.psychological, self.case.social, _medical_lines(self)
-    if persona: lines += dict(Character=", ".join(p.traits), Mood=p.mood, Worries="; ".join(p.worries), Beliefs="; ".join(p.beliefs), Education=s.education, Means=s.means, Language=s.language, Culture=s.culture).items()
-    if private: lines.append((PRIVATE, "; ".join(f"{FIELDS.get(k, k.removeprefix('identifiers: '))} {v}" for k, v in self.secrets.items())))
+    if persona:
+        lines += dict(
+            Character=", ".join(p.traits),
+            Mood=p.mood,
+            Worries="; ".join(p.worries),
+            Beliefs="; ".join(p.beliefs),
+            Education=s.education,
+            Means=s.means,
+            Language=s.language,
+            Culture=s.culture,
+        ).items()
+    if private:
+        lines.append(
+            (
+                PRIVATE,
+                "; ".join(
+                    f"{FIELDS.get(k, k.removeprefix('identifiers: '))} {v}"
+                    for k, v in self.secrets.items()
+                ),
+            )
+        )
     return "\n".join(f"{k}: {v}" for k, v in lines if v)
 
 # %% ../../nbs/clinic/persona.ipynb #cell-29
@@ -181,13 +325,33 @@ def draw_denied(
 ) -> list[str]:           # symptoms that the condition never has
     "Symptoms to be asked for in vain: of the differentials first, then of any condition."
     own = set(condition.names("symptoms"))
-    near = sorted({s for d in condition.differentials if d in conditions() for s in conditions()[d].names("symptoms")} - own)
+    near = sorted(
+        {
+            s
+            for d in condition.differentials
+            if d in conditions()
+            for s in conditions()[d].names("symptoms")
+        }
+        - own
+    )
     far = sorted({s for c in conditions().values() for s in c.names("symptoms")} - own - set(near))
     return (rng.sample(near, min(n - 1, len(near))) + rng.sample(far, n))[:n]
 
 # %% ../../nbs/clinic/persona.ipynb #cell-34
-_CHRONIC = ("acute asthma", "atrial fibrillation", "benign prostatic enlargement", "depression", "gout", "hypothyroidism", "iron deficiency anaemia", "kidney stones", "migraine",
-            "reflux disease", "sciatica", "type 2 diabetes")
+_CHRONIC = (
+    "acute asthma",
+    "atrial fibrillation",
+    "benign prostatic enlargement",
+    "depression",
+    "gout",
+    "hypothyroidism",
+    "iron deficiency anaemia",
+    "kidney stones",
+    "migraine",
+    "reflux disease",
+    "sciatica",
+    "type 2 diabetes",
+)
 
 def draw_past(
     case: Case,         # with a condition of the knowledge base
@@ -195,11 +359,23 @@ def draw_past(
 ) -> dict:              # history, medications, allergies; ["none"] where there is nothing
     "An earlier illness with its medicine, and an allergy, in some patients."
     m = case.medical
-    fits = [c for n in _CHRONIC if n != m.condition and (c := conditions()[n]).age[0] <= m.age and c.sex in ("any", m.sex)]
+    fits = [
+        c
+        for n in _CHRONIC
+        if n != m.condition and (c := conditions()[n]).age[0] <= m.age and c.sex in ("any", m.sex)
+    ]
     past = rng.choice(fits) if fits and rng.random() < .5 and not m.facts else None
     drug = rng.choice(past.names("treatments")) if past and rng.random() < .7 else None
-    allergy = rng.choice(people()["allergies"]) if rng.random() < .4 and "penicillin allergy" not in m.facts else None
-    return dict(history=[past.name] if past else [] if _facts(m.facts)["history"] else ["none"], medications=[drug] if drug else [] if _facts(m.facts)["medicines"] else ["none"], allergies=[allergy] if allergy else [] if "penicillin allergy" in m.facts else ["none"])
+    allergy = (
+        rng.choice(people()["allergies"])
+        if rng.random() < 0.4 and "penicillin allergy" not in m.facts
+        else None
+    )
+    return dict(
+        history=[past.name] if past else [] if _facts(m.facts)["history"] else ["none"],
+        medications=[drug] if drug else [] if _facts(m.facts)["medicines"] else ["none"],
+        allergies=[allergy] if allergy else [] if "penicillin allergy" in m.facts else ["none"],
+    )
 
 # %% ../../nbs/clinic/persona.ipynb #cell-37
 def draw_persona(
@@ -207,9 +383,15 @@ def draw_persona(
 ) -> dict:              # the psychological and social parts of a case
     "Traits and circumstances, each independent of the others."
     pick = lambda *xs: rng.choice(xs)
-    return dict(psychological=dict(mbti=pick("E", "I") + pick("S", "N") + pick("T", "F") + pick("J", "P")),
-                social=dict(education=pick("primary", "secondary", "university"), means=pick("poor", "modest", "comfortable"),
-                            language=pick("basic", "everyday", "fluent"), culture=pick(*people()["culture"])))
+    return dict(
+        psychological=dict(mbti=pick("E", "I") + pick("S", "N") + pick("T", "F") + pick("J", "P")),
+        social=dict(
+            education=pick("primary", "secondary", "university"),
+            means=pick("poor", "modest", "comfortable"),
+            language=pick("basic", "everyday", "fluent"),
+            culture=pick(*people()["culture"]),
+        ),
+    )
 
 def draw_private(
     rng: random.Random,   # where chance comes from
@@ -219,7 +401,12 @@ def draw_private(
     "Private values, every one invented."
     born = f"{2025 - age}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}" if age is not None else ""
     listed = {k: rng.choice(people()[k]) for k in ("address", "insurance", "employer", "next_of_kin")}
-    return dict(name=name or f"{rng.choice(people()['first'])} {rng.choice(people()['surname'])}", birth_date=born, contact=f"555-01{rng.randrange(100):02d}", **listed)
+    return dict(
+        name=name or f"{rng.choice(people()['first'])} {rng.choice(people()['surname'])}",
+        birth_date=born,
+        contact=f"555-01{rng.randrange(100):02d}",
+        **listed,
+    )
 
 # %% ../../nbs/clinic/persona.ipynb #cell-41
 def draw_script(
@@ -229,9 +416,23 @@ def draw_script(
     "A patient of the synthetic clinic with everything that a consultation can touch."
     case, person, p = draw_case(rng, condition), draw_persona(rng), people()
     story = f"It began {rng.choice(p['onset'])}. It is {rng.choice(p['severity'])}."
-    medical = dict(case.medical.model_dump(), story=story, denies=draw_denied(conditions()[case.medical.condition], rng), **{k: v for k, v in draw_past(case, rng).items()})
+    medical = dict(
+        case.medical.model_dump(),
+        story=story,
+        denies=draw_denied(conditions()[case.medical.condition], rng),
+        **{k: v for k, v in draw_past(case, rng).items()}
+    )
     social = dict(person["social"], occupation=rng.choice(p["occupation"]), habits=[rng.choice(p["habits"])])
-    return Script(Case(id=case.id, source=case.source, medical=medical, private=draw_private(rng, case.medical.age, case.private.name), psychological=person["psychological"], social=social))
+    return Script(
+        Case(
+            id=case.id,
+            source=case.source,
+            medical=medical,
+            private=draw_private(rng, case.medical.age, case.private.name),
+            psychological=person["psychological"],
+            social=social,
+        )
+    )
 
 # %% ../../nbs/clinic/persona.ipynb #cell-45
 def _fill(known: dict, drawn: dict) -> dict:
@@ -249,13 +450,31 @@ def of(cls: Script,
     private = draw_private(rng, age, case.private.name)
     if age is not None and age < 16: private.pop("employer")
     parts = dict(psychological=drawn["psychological"], social=drawn["social"], private=private)
-    return cls(Case.model_validate(case.model_dump() | {k: _fill(getattr(case, k).model_dump(), v) for k, v in parts.items()}))
+    return cls(
+        Case.model_validate(
+            case.model_dump() | {
+                k: _fill(getattr(case, k).model_dump(), v) for k, v in parts.items()
+            }
+        )
+    )
 
 # %% ../../nbs/clinic/persona.ipynb #cell-52
 def script_terms() -> set[str]:
     "Phrases that a script, a doctor or a patient can say."
     pages = list(conditions().values())
-    book = {x for c in pages for k in ("symptoms", "tests", "treatments", "differentials") for x in c.names(k)}
+    book = {
+        x
+        for c in pages
+        for k in ("symptoms", "tests", "treatments", "differentials")
+        for x in c.names(k)
+    }
     instead = {k.instead for c in pages for k in c.contraindications}
     known = {f.removesuffix(" use").removesuffix(" allergy") for f in facts()}
-    return {*conditions(), *book, *instead, *known, *(x for v in people().values() for x in v), *AXES.values()}
+    return {
+        *conditions(),
+        *book,
+        *instead,
+        *known,
+        *(x for v in people().values() for x in v),
+        *AXES.values(),
+    }

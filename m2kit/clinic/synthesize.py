@@ -20,7 +20,9 @@ def draw_symptoms(
     n: int,                # how many, at most as many as there are
 ) -> list[str]:            # in the knowledge base's order
     "`n` different symptoms, drawn with their frequencies as weights."
-    keyed = sorted(condition.symptoms, key=lambda s: rng.random() ** (1/s.often), reverse=True)[:n]  # Efraimidis and Spirakis' weighted sample
+    keyed = sorted(condition.symptoms, key=lambda s: rng.random() ** (1 / s.often), reverse=True)[
+        :n
+    ]  # Efraimidis and Spirakis' weighted sample
     return [s.name for s in condition.symptoms if s in keyed]
 
 def draw_fact(
@@ -37,9 +39,20 @@ def draw_fact(
     return rng.choice(known) if rng.random() < other else None
 
 # %% ../../nbs/clinic/synthesize.ipynb #cell-9
-_NAMES = dict(female=("Ana", "Mei", "Fatima", "Ruth", "Ingrid", "Amara", "Yuki", "Leila"), male=("Tom", "Wei", "Omar", "Jonas", "Kofi", "Ivan", "Raj", "Luis"))
+_NAMES = dict(
+    female=("Ana", "Mei", "Fatima", "Ruth", "Ingrid", "Amara", "Yuki", "Leila"),
+    male=("Tom", "Wei", "Omar", "Jonas", "Kofi", "Ivan", "Raj", "Luis"),
+)
 _SURNAMES = ("Novak", "Chen", "Haddad", "Okafor", "Lindqvist", "Silva", "Tanaka", "Moreau", "Singh", "Weber")
-_EMPLOYERS = ("the city library", "a building firm", "the bus company", "a primary school", "a bakery", "a law office", "the harbour")
+_EMPLOYERS = (
+    "the city library",
+    "a building firm",
+    "the bus company",
+    "a primary school",
+    "a bakery",
+    "a law office",
+    "the harbour",
+)
 _INSURERS = ("North Mutual", "State Health Fund", "Harbour Care", "none")
 
 def draw_person(
@@ -49,9 +62,18 @@ def draw_person(
     "Somebody who could be ill: invented, every part of it."
     first, last = rng.choice(_NAMES[sex]), rng.choice(_SURNAMES)
     return dict(
-        private=dict(name=f"{first} {last}", contact=f"555-01{rng.randrange(100):02d}", insurance=rng.choice(_INSURERS), employer=rng.choice(_EMPLOYERS)),
+        private=dict(
+            name=f"{first} {last}",
+            contact=f"555-01{rng.randrange(100):02d}",
+            insurance=rng.choice(_INSURERS),
+            employer=rng.choice(_EMPLOYERS),
+        ),
         psychological=dict(mbti="".join(rng.choice(p) for p in ("EI", "SN", "TF", "JP"))),
-        social=dict(education=rng.choice(("primary", "secondary", "university")), means=rng.choice(("poor", "modest", "comfortable"))))
+        social=dict(
+            education=rng.choice(("primary", "secondary", "university")),
+            means=rng.choice(("poor", "modest", "comfortable")),
+        ),
+    )
 
 # %% ../../nbs/clinic/synthesize.ipynb #cell-11
 def draw_case(
@@ -63,8 +85,19 @@ def draw_case(
     sex = rng.choice(("female", "male")) if c.sex == "any" else c.sex
     age, symptoms = rng.randint(*c.age), draw_symptoms(c, rng, rng.choice((3, 4)))
     fact = draw_fact(c, rng, age, sex)
-    return Case(id=f"synthetic-{rng.getrandbits(32):08x}", source="synthetic", **draw_person(rng, sex),
-                medical=dict(age=age, sex=sex, complaint=symptoms[0], symptoms=symptoms, facts=[fact] if fact else [], condition=c.name))
+    return Case(
+        id=f"synthetic-{rng.getrandbits(32):08x}",
+        source="synthetic",
+        **draw_person(rng, sex),
+        medical=dict(
+            age=age,
+            sex=sex,
+            complaint=symptoms[0],
+            symptoms=symptoms,
+            facts=[fact] if fact else [],
+            condition=c.name,
+        ),
+    )
 
 # %% ../../nbs/clinic/synthesize.ipynb #cell-15
 DOCTOR = """You are a careful doctor who answers a patient in writing. Name the most likely condition. Say which tests are needed and which treatment you \
@@ -77,7 +110,13 @@ def complaint(
     "The patient's opening message: age, sex, symptoms, and any fact about them."
     m, known = case.medical, facts()
     told = ", ".join(m.symptoms[:-1]) + " and " + m.symptoms[-1] if len(m.symptoms) > 1 else m.symptoms[0]
-    return " ".join([f"I am a {m.age} year old {'woman' if m.sex == 'female' else 'man'}.", f"I have {told}.", *(f"{known[f].lay.rstrip('.')}." for f in m.facts)])
+    return " ".join(
+        [
+            f"I am a {m.age} year old {'woman' if m.sex == 'female' else 'man'}.",
+            f"I have {told}.",
+            *(f"{known[f].lay.rstrip('.')}." for f in m.facts),
+        ]
+    )
 
 def opening(
     case: Case,
@@ -92,10 +131,18 @@ def plan(
     "Everything that a complete answer to the case says."
     c = conditions()[case.medical.condition]
     swap = {k.treatment: k.instead for k in c.contraindications if k.fact in case.medical.facts}
-    treatments = dict.fromkeys(swap.get(t.name, t.name) for t in c.treatments)   # an alternative may be on the list already
+    treatments = dict.fromkeys(
+        swap.get(t.name, t.name) for t in c.treatments
+    )  # an alternative may be on the list already
     named = [("test", c.tests), ("red_flag", c.red_flags), ("advice", c.advice)]
     parts = {k: [(k, x.name) for x in xs] for k, xs in named}
-    return [("diagnosis", c.name), *parts["test"], *(("treatment", t) for t in treatments), *parts["red_flag"], *parts["advice"]]
+    return [
+        ("diagnosis", c.name),
+        *parts["test"],
+        *(("treatment", t) for t in treatments),
+        *parts["red_flag"],
+        *parts["advice"],
+    ]
 
 # %% ../../nbs/clinic/synthesize.ipynb #cell-22
 @dataclass(frozen=True)
@@ -122,9 +169,13 @@ def answer(
     "What a doctor of that style writes. Nothing is said twice."
     target = case
     if rng.random() < style.wrong: target = draw_case(rng)
-    if rng.random() < style.unsafe: target = target.model_copy(update=dict(medical=target.medical.model_copy(update=dict(facts=[]))))
+    if rng.random() < style.unsafe:
+        target = target.model_copy(
+            update=dict(medical=target.medical.model_copy(update=dict(facts=[])))
+        )
     said = [x for x in plan(target) if x[0] == "diagnosis" or rng.random() < style.coverage]
-    if rng.random() < style.unsafe: said.append(("advice", rng.choice(conditions()[target.medical.condition].unsafe).name))
+    if rng.random() < style.unsafe:
+        said.append(("advice", rng.choice(conditions()[target.medical.condition].unsafe).name))
     out, fillers = [], rng.sample(range(len(FILLER)), len(FILLER))
     for kind, item in said:
         if fillers and rng.random() < style.filler: out.append(say("filler", fillers.pop()))
@@ -143,15 +194,29 @@ def consultation(
     turns = [("user", f"I have {m.complaint}.")]
     asked = [s.name for s in c.symptoms if s.name != m.complaint]
     for s in rng.sample(asked, min(3, len(asked))):
-        turns += [("assistant", f"Do you have {s}?"), ("user", f"Yes, {lay[s].rstrip('.')}." if s in m.symptoms else "No, I do not.")]
-    turns += [("assistant", "Is there anything about your health that I should know?"), ("user", " ".join(f"{facts()[f].lay.rstrip('.')}." for f in m.facts) or "No, nothing.")]
-    return [dict(role="system", content=DOCTOR), *(dict(role=r, content=t) for r, t in turns), dict(role="assistant", content=answer(case, style, rng))]
+        turns += [
+            ("assistant", f"Do you have {s}?"),
+            ("user", f"Yes, {lay[s].rstrip('.')}." if s in m.symptoms else "No, I do not."),
+        ]
+    turns += [
+        ("assistant", "Is there anything about your health that I should know?"),
+        ("user", " ".join(f"{facts()[f].lay.rstrip('.')}." for f in m.facts) or "No, nothing."),
+    ]
+    return [
+        dict(role="system", content=DOCTOR),
+        *(dict(role=r, content=t) for r, t in turns),
+        dict(role="assistant", content=answer(case, style, rng)),
+    ]
 
 # %% ../../nbs/clinic/synthesize.ipynb #cell-34
 def answer_terms() -> set[str]:
     "Phrases of the knowledge base that an answer or a complaint can contain."
     pages = list(conditions().values())
-    items = {x.name for c in pages for k in ("symptoms", "tests", "treatments", "red_flags", "advice", "unsafe")
-             for x in getattr(c, k)}
+    items = {
+        x.name
+        for c in pages
+        for k in ("symptoms", "tests", "treatments", "red_flags", "advice", "unsafe")
+        for x in getattr(c, k)
+    }
     instead = {k.instead for c in pages for k in c.contraindications}
     return {c.name for c in pages} | items | instead | {f.lay.rstrip(".") for f in facts().values()}

@@ -42,10 +42,15 @@ def require(
     extra: str,  # the extra of m2kit that brings it, e.g. "train"
 ):               # the imported module
     "Import `module`, or raise a `UserError` that names the extra to install."
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ModuleNotFoundError as e:
-        if (e.name or "").split(".")[0] != module.split(".")[0]: raise  # installed, but one of its own imports is broken: our fault to see
-        raise UserError(f"{module} is not installed; it comes with the extra [{extra}]: pip install 'm2kit[{extra}]'") from None
+        if (e.name or "").split(".")[0] != module.split(".")[0]:
+            raise  # installed, but one of its own imports is broken: our fault to see
+        raise UserError(
+            f"{module} is not installed; it comes with the extra [{extra}]: pip install"
+            f" 'm2kit[{extra}]'"
+        ) from None
 
 # %% ../../nbs/core/errors.ipynb #cell-18
 from difflib import get_close_matches

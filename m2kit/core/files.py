@@ -13,7 +13,13 @@ from pathlib import Path
 from .errors import UserError
 
 # %% ../../nbs/core/files.ipynb #cell-6
-_NO_FILE = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+_NO_FILE = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
 
 def open_file(
     path,   # an ordinary file
@@ -21,15 +27,33 @@ def open_file(
     "Open a file from outside; a `UserError` when there is none that can be read to its end."
     try:
         kind = _NO_FILE.get(stat.S_IFMT(Path(path).stat().st_mode))
-        if kind: raise UserError(f"{path} is {kind}, not a file; give the path of a file (what a command prints, save first: COMMAND > FILE)")
+        if kind:
+            raise UserError(
+                f"{path} is {kind}, not a file; give the path of a file (what a command prints,"
+                " save first: COMMAND > FILE)"
+            )
         return open(path, "rb")
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); check the path") from None
-    except ValueError: raise UserError(f"{path}: no possible path (it holds a null character); check the path") from None
+    except ValueError:
+        raise UserError(
+            f"{path}: no possible path (it holds a null character); check the path"
+        ) from None
 
 # %% ../../nbs/core/files.ipynb #cell-9
-_MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+_MARKS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
 _ZEROS = {"xzzz": "utf-32-le", "zzzx": "utf-32-be", "xzxz": "utf-16-le", "zxzx": "utf-16-be"}
-GZIP, ZIPPED = b"\x1f\x8b", ((b"PK\x03\x04", "zip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstandard"))
+GZIP, ZIPPED = b"\x1f\x8b", (
+    (b"PK\x03\x04", "zip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstandard"),
+)
 
 def encoding(
     start: bytes,  # the first four bytes of a file, or more
@@ -43,18 +67,31 @@ _LARGEST = 4 << 30   # bytes of a file once it is unpacked: a bomb of 4 MB would
 
 def _unpacked(f, path):
     "The bytes within gzip."
-    try: data = gzip.GzipFile(fileobj=f).read(_LARGEST + 1)
-    except (OSError, EOFError, zlib.error) as e: raise UserError(f"{path}: gzip, but damaged ({e}); copy or download it again") from None
-    if len(data) > _LARGEST: raise UserError(f"{path}: more than {_LARGEST >> 30} GB once unpacked; unpack it yourself, and split it")
+    try:
+        data = gzip.GzipFile(fileobj=f).read(_LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: gzip, but damaged ({e}); copy or download it again") from None
+    if len(data) > _LARGEST:
+        raise UserError(
+            f"{path}: more than {_LARGEST >> 30} GB once unpacked; unpack it yourself, and split it"
+        )
     return data
 
 def _decoded(data: bytes, path, first: int = 1, codec: str = "utf-8") -> str:
     "Text of those bytes; `first` is the number of their first line."
-    try: return data.decode(codec)
+    try:
+        return data.decode(codec)
     except UnicodeDecodeError as e:
         at, what = f"{path}:{first + data[:e.start].count(10)}", f"byte 0x{data[e.start]:02x}"
-        if codec != "utf-8": raise UserError(f"{at}: begins as {e.encoding.upper()} and is not ({e.reason}); save the file as UTF-8") from None
-        raise UserError(f"{at}: not UTF-8 ({what}; Windows-1252 perhaps, but that cannot be known); save it as UTF-8, e.g. iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW") from None
+        if codec != "utf-8":
+            raise UserError(
+                f"{at}: begins as {e.encoding.upper()} and is not ({e.reason}); save the file as"
+                " UTF-8"
+            ) from None
+        raise UserError(
+            f"{at}: not UTF-8 ({what}; Windows-1252 perhaps, but that cannot be known); save it as"
+            " UTF-8, e.g. iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+        ) from None
 
 # %% ../../nbs/core/files.ipynb #cell-13
 def open_utf8(
@@ -111,10 +148,21 @@ def parse_json(
     line: int = 0,  # number of the text's first line, where the message should name one; 0 for none
 ):                  # what JSON makes of it
     "JSON, or a `UserError` that says where and what is wrong."
-    try: found = json.loads(text)
-    except json.JSONDecodeError as e: raise UserError(f"{where}{f':{line + e.lineno - 1}' if line else ''}: not JSON ({e.msg} at column {e.colno}); mend that line") from None
-    except RecursionError: raise UserError(f"{where}: not JSON that can be read (nested too deeply); mend it") from None
-    except ValueError: raise UserError(f"{where}: not JSON that can be read (a number of thousands of digits); mend it") from None
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(
+            f"{where}{f':{line + e.lineno - 1}' if line else ''}: not JSON ({e.msg} at column"
+            f" {e.colno}); mend that line"
+        ) from None
+    except RecursionError:
+        raise UserError(
+            f"{where}: not JSON that can be read (nested too deeply); mend it"
+        ) from None
+    except ValueError:
+        raise UserError(
+            f"{where}: not JSON that can be read (a number of thousands of digits); mend it"
+        ) from None
     return _whole(found) if "\\ud" in text.lower() else found
 
 # %% ../../nbs/core/files.ipynb #cell-22
@@ -161,12 +209,18 @@ def json_values(
 ) -> list[tuple]:     # (where, value); of an array its entries
     "Everything in a file of JSON, whatever its layout; a `UserError` where something is no JSON, or nothing is there."
     text = read_text(path)
-    empty = UserError(f"{path}: there is nothing in it; give a file with one JSON object a line, or one alone")
+    empty = UserError(
+        f"{path}: there is nothing in it; give a file with one JSON object a line, or one alone"
+    )
     if not text.strip(): raise empty
     if _is_lines(text, path): return list(json_lines(path))
     found = parse_json(text, str(path), 1)
     if found == []: raise empty
-    return [(f"{path}, entry {i}", x) for i, x in enumerate(found, 1)] if isinstance(found, list) else [(str(path), found)]
+    return (
+        [(f"{path}, entry {i}", x) for i, x in enumerate(found, 1)]
+        if isinstance(found, list)
+        else [(str(path), found)]
+    )
 
 # %% ../../nbs/core/files.ipynb #cell-28
 def first_value(
@@ -190,4 +244,8 @@ class Once:
     ) -> str:        # one line; "" when the id is new
         "What is wrong with this id, if it was there before."
         first = self.seen.setdefault(id, where)
-        return "" if first == where else f"the id {id} is already used at {first}; rename or delete one of the two"
+        return (
+            ""
+            if first == where
+            else f"the id {id} is already used at {first}; rename or delete one of the two"
+        )

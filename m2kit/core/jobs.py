@@ -19,7 +19,12 @@ def named(
     "A function by its place."
     module, _, name = target.partition(":")
     found = importlib.import_module(module)
-    return getattr(found, choose(name, [n for n in dir(found) if callable(getattr(found, n))], f"function in {module}"))
+    return getattr(
+        found,
+        choose(
+            name, [n for n in dir(found) if callable(getattr(found, n))], f"function in {module}"
+        ),
+    )
 
 def _work(target, job):
     "In the worker: one thread, one job."
@@ -53,7 +58,8 @@ def run_jobs(
         while left:
             ended, left = wait(left, timeout=every, return_when="FIRST_EXCEPTION")
             if (failed := next((f for f in ended if f.exception()), None)):
-                for p in set(active_children()) - others: p.terminate()   # what they did is in their run folders
+                for p in set(active_children()) - others:
+                    p.terminate()  # what they did is in their run folders
                 raise failed.exception()
             done, total = count()
             if left: tell(_line(done, first, total, time.monotonic() - began))

@@ -117,9 +117,14 @@ def _stamped_svg(svg, lines):
     text = svg.decode()
     width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups())
     tall = LINE*len(lines) + 10
-    rows = "".join(f'<text x="8" y="{LINE*(i + 1) + 1 - tall}">{escape(l)}</text>' for i, l in enumerate(lines))
-    group = (f'<g id="stale"><rect x="0" y="{-tall}" width="{width:g}" height="{tall}" fill="{BANNER}"/>'
-             f'<g fill="white" font-family="DejaVu Sans, sans-serif" font-weight="bold" font-size="11">{rows}</g></g>')
+    rows = "".join(
+        f'<text x="8" y="{LINE*(i + 1) + 1 - tall}">{escape(l)}</text>' for i, l in enumerate(lines)
+    )
+    group = (
+        f'<g id="stale"><rect x="0" y="{-tall}" width="{width:g}" height="{tall}"'
+        f' fill="{BANNER}"/><g fill="white" font-family="DejaVu Sans, sans-serif"'
+        f' font-weight="bold" font-size="11">{rows}</g></g>'
+    )
     root = f'height="{height + tall:g}pt" viewBox="0 {-tall} {width:g} {height + tall:g}"'
     text = re.sub(r'height="[\d.]+pt" viewBox="0 0 [\d.]+ [\d.]+"', root, text, count=1)
     return text.replace("</svg>", group + "</svg>").encode()

@@ -75,9 +75,13 @@ def read_jsonl(
     lines, rows = path.read_text(encoding="utf-8").split("\n"), []
     for i, line in enumerate(lines, 1):
         if not line.strip(): continue
-        try: rows.append(json.loads(line))
+        try:
+            rows.append(json.loads(line))
         except json.JSONDecodeError as e:
-            if i < len(lines): raise UserError(f"{path}:{i}: not JSON ({e.msg}); mend or delete that line") from None
+            if i < len(lines):
+                raise UserError(
+                    f"{path}:{i}: not JSON ({e.msg}); mend or delete that line"
+                ) from None
     return rows
 
 # %% ../../nbs/core/run.ipynb #cell-16

@@ -26,11 +26,47 @@ class Scale:
     model: str = ""      # the policy's checkpoint; "": made here, or named by the reader
 
 # %% ../../nbs/core/scale.ipynb #cell-6
-SCALES = {s.name: s for s in (
-    Scale("tiny", "2 CPU cores, 4 GB; no GPU, no network", "cpu", 16, 8, 192, 1024, memory=4),
-    Scale("small", "a model of up to about 1B parameters that you name; a CPU with 16 GB, or its card", None, 2, 4, 128, 2048, memory=16),
-    Scale("gpu", "one CUDA card, 24 GB; the extra [gpu]; a model that you name", "cuda", 16, 8, 1024, 8192, 16, cards=1, card=24),
-    Scale("paper", "a cluster: TRL on accelerate with FSDP or DeepSpeed, vLLM", "cuda", 64, 8, 4096, 8192, 64, 8, 80, "Qwen/Qwen2.5-32B"))}
+SCALES = {
+    s.name: s
+    for s in (
+        Scale("tiny", "2 CPU cores, 4 GB; no GPU, no network", "cpu", 16, 8, 192, 1024, memory=4),
+        Scale(
+            "small",
+            "a model of up to about 1B parameters that you name; a CPU with 16 GB, or its card",
+            None,
+            2,
+            4,
+            128,
+            2048,
+            memory=16,
+        ),
+        Scale(
+            "gpu",
+            "one CUDA card, 24 GB; the extra [gpu]; a model that you name",
+            "cuda",
+            16,
+            8,
+            1024,
+            8192,
+            16,
+            cards=1,
+            card=24,
+        ),
+        Scale(
+            "paper",
+            "a cluster: TRL on accelerate with FSDP or DeepSpeed, vLLM",
+            "cuda",
+            64,
+            8,
+            4096,
+            8192,
+            64,
+            8,
+            80,
+            "Qwen/Qwen2.5-32B",
+        ),
+    )
+}
 
 # %% ../../nbs/core/scale.ipynb #cell-7
 def get_scale(

@@ -19,9 +19,17 @@ Positive = Annotated[float, Field(gt=0)]         # a rate, a length of time
 Share = Annotated[float, Field(gt=0, lt=1)]      # of something, neither none nor all
 
 # %% ../../nbs/core/settings.ipynb #f9f044fa
-MUST_BE = dict(greater_than="above {gt:g}", greater_than_equal="at least {ge:g}", less_than="below {lt:g}",
-             less_than_equal="at most {le:g}", int_type="a whole number", float_type="a number", bool_type="True or False",
-             string_type="a text", missing="given")
+MUST_BE = dict(
+    greater_than="above {gt:g}",
+    greater_than_equal="at least {ge:g}",
+    less_than="below {lt:g}",
+    less_than_equal="at most {le:g}",
+    int_type="a whole number",
+    float_type="a number",
+    bool_type="True or False",
+    string_type="a text",
+    missing="given",
+)
 
 def setting_fault(
     cls, error: ValidationError, # a record of settings, and what pydantic found
@@ -32,7 +40,11 @@ def setting_fault(
     if first["type"] == "unexpected_keyword_argument":
         choose(name, [f.name for f in fields(cls)], f"setting of {cls.__name__}")
     rule = MUST_BE.get(first["type"], "")
-    must = f"it must be {rule.format(**first.get('ctx', {}))}" if rule else first["msg"].removeprefix("Value error, ")
+    must = (
+        f"it must be {rule.format(**first.get('ctx', {}))}"
+        if rule
+        else first["msg"].removeprefix("Value error, ")
+    )
     why = next((f.description for n, f in cls.__pydantic_fields__.items() if n == name and f.description), "")
     now = "missing" if first["type"] == "missing" else f"{first['input']!r}"
     return f"{cls.__name__}: {name} is {now}; {must}{why and f': {why}'}"

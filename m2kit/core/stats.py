@@ -195,9 +195,13 @@ def gap_interval(
 ) -> Estimate:
     "The score of `rows` minus the score of `others`, in pairs."
     found, (a, b) = contrast_interval([rows, others], [1, -1], **how), map(_pairs, (rows, others))
-    shares = a.shape[1] == 1 and all((x[..., 0] >= 0).all() and (x[..., 0] <= x[..., 1]).all() for x in (a, b))
+    shares = a.shape[1] == 1 and all(
+        (x[..., 0] >= 0).all() and (x[..., 0] <= x[..., 1]).all() for x in (a, b)
+    )
     if not shares or any(found): return found
-    reach = wilson(0, max(1, int(a[..., 1].sum())))[2]               # not one case differs: as for a share of none
+    reach = wilson(0, max(1, int(a[..., 1].sum())))[
+        2
+    ]  # not one case differs: as for a share of none
     return Estimate(0, -reach, reach, found.n, found.unit, found.least)
 
 # %% ../../nbs/core/stats.ipynb #6be1c0e5
@@ -385,7 +389,11 @@ def wanted(
     "What the claim needs of a finding, in words."
     limit = number(f.threshold)
     if f.direction == "equal" and isinstance(f.margin,
-                                             list): return f"within {number(f.margin[0])} to {number(f.margin[1])}"
+                                             list):
+                                                 return (
+                                                     f"within {number(f.margin[0])} to"
+                                                     f" {number(f.margin[1])}"
+                                                 )
     if f.direction == "equal":
         return f"equal to {limit}, within {number(f.margin)}" if f.margin else f"equal to {limit}"
     said = dict(above=f"above {limit}", below=f"below {limit}", apart=f"apart from {limit}")[f.direction]

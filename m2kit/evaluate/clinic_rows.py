@@ -34,9 +34,19 @@ def clinic_row(
 ) -> dict:                  # a line of a HealthBench file
     "The case as a row of the benchmark."
     best = Style(coverage=1., wordy=0., filler=0., wrong=0., unsafe=0.)
-    written = dict(ideal_completion=answer(case, best, rng), ideal_completions_group="Group 2", ideal_completions_ref_completions=[answer(case, draw_style(rng), rng) for _ in range(4)])
+    written = dict(
+        ideal_completion=answer(case, best, rng),
+        ideal_completions_group="Group 2",
+        ideal_completions_ref_completions=[answer(case, draw_style(rng), rng) for _ in range(4)],
+    )
     rubrics = [dict(criterion=c.text, points=c.points, tags=_tags(c)) for c in reference_rubric(case)]
-    return dict(prompt_id=case.id, prompt=opening(case), rubrics=rubrics, example_tags=[theme(case)], ideal_completions_data=written)
+    return dict(
+        prompt_id=case.id,
+        prompt=opening(case),
+        rubrics=rubrics,
+        example_tags=[theme(case)],
+        ideal_completions_data=written,
+    )
 
 # %% ../../nbs/evaluate/clinic_rows.ipynb #cell-9
 def clinic_rows(
@@ -59,13 +69,18 @@ def write_clinic_rows(
     return atomic_write(path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in clinic_rows(n, seed)))
 
 # %% ../../nbs/evaluate/clinic_rows.ipynb #cell-12
-_OTHER = {"Says something that makes no sense": "other", "Recommends a test that the condition does not call for": "test", "Recommends a treatment that the condition does not call for": "treatment"}
+_OTHER = {
+    "Says something that makes no sense": "other",
+    "Recommends a test that the condition does not call for": "test",
+    "Recommends a treatment that the condition does not call for": "treatment",
+}
 
 def _clause(text):
     "The (kind, item) that a criterion of the clinic names, or None."
     for kind, words in WORDS.items():
         head, tail = words.split("{}")
-        if text.startswith(head) and text.endswith(tail) and len(text) > len(head + tail): return kind, text[len(head):len(text) - len(tail)]
+        if text.startswith(head) and text.endswith(tail) and len(text) > len(head + tail):
+            return kind, text[len(head) : len(text) - len(tail)]
 
 def read_lookups(
     criteria: list,      # of `Criterion`: one whole rubric
@@ -92,4 +107,6 @@ class TextClauses:
         items: list,                 # (conversation, answer, criteria) triples
     ) -> list[list[Verdict]]:        # per item one verdict per criterion
         "Verdicts on answers in the clinic's language."
-        return ClauseGrader().grade([(talk, text, SimpleNamespace(criteria=read_lookups(cs))) for talk, text, cs in items])
+        return ClauseGrader().grade(
+            [(talk, text, SimpleNamespace(criteria=read_lookups(cs))) for talk, text, cs in items]
+        )

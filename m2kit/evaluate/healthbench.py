@@ -23,14 +23,20 @@ from ..rubrics.rubric import Criterion, Verdict, criterion_fault, score_points, 
 class Row:
     "One conversation of HealthBench, checked. It shows itself by its id only: the content must not end up in a log."
     prompt_id: str
-    prompt: tuple = field(repr=False)                        # of messages, {"role", "content"}; the last one asks
-    rubrics: tuple = field(repr=False)                       # of `Criterion`; not a `Rubric`, because the benchmark may repeat a text
-    example_tags: tuple                                      # of str: themes and categories, which inherit the example's score
+    prompt: tuple = field(repr=False)  # of messages, {"role", "content"}; the last one asks
+    rubrics: tuple = field(
+        repr=False
+    )  # of `Criterion`; not a `Rubric`, because the benchmark may repeat a text
+    example_tags: tuple  # of str: themes and categories, which inherit the example's score
     completion: str | None = field(default=None, repr=False) # a model's answer, when the file has one
-    verdicts: tuple | None = field(default=None, repr=False) # of `Verdict`, one per criterion, when the file has them
+    verdicts: tuple | None = field(
+        default=None, repr=False
+    )  # of `Verdict`, one per criterion, when the file has them
     ideal: str | None = field(default=None, repr=False)      # the answer a physician wrote, when there is one
-    references: tuple = field(default=(), repr=False)        # the models' answers which that physician had before them
-    group: str = ""                                          # "Group 1", "Group 2" or "Group 3", of the physicians
+    references: tuple = field(
+        default=(), repr=False
+    )  # the models' answers which that physician had before them
+    group: str = ""  # "Group 1", "Group 2" or "Group 3", of the physicians
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-12
 def _distinct(tags, what):
@@ -52,7 +58,10 @@ def _verdict(i, d):
     "A `Verdict` from the benchmark's own field names; null is unknown."
     met = d.get("criteria_met", "absent") if isinstance(d, dict) else "absent"
     if not any(met is x for x in (True, False, None)):
-        raise UserError(f"verdict {i}: criteria_met is {str(met)[:40]!r}; write true, false, or null for unknown")
+        raise UserError(
+            f"verdict {i}: criteria_met is {str(met)[:40]!r}; write true, false, or null for"
+            " unknown"
+        )
     return Verdict(met, str(d.get("explanation") or ""))
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-15
@@ -75,7 +84,10 @@ def _physician(d):
     ideal, group, refs = (d.get(k) for k in names) if isinstance(d, dict) else (None, None, None)
     texts = [ideal, group, *refs] if isinstance(refs, list) else [ideal, group, "" if refs is None else refs]
     if not all(isinstance(t, str) for t in texts) or isinstance(refs, str):
-        raise UserError(f"ideal_completions_data needs the texts {names[0]} and {names[1]}, and the list {names[2]}")
+        raise UserError(
+            f"ideal_completions_data needs the texts {names[0]} and {names[1]}, and the list"
+            f" {names[2]}"
+        )
     return dict(ideal=ideal, references=tuple(refs or ()), group=group)
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-18
@@ -114,7 +126,11 @@ _NOT = re.compile(r"(?:does not|doesn't|do not|don't|did not|didn't|fails to|nev
 
 def _statement(text):
     "A statement in a form to compare, and whether it is negated."
-    words = re.sub(r"^(?:the )?(?:response|answer|assistant|model|doctor) ", "", " ".join(text.lower().split()).rstrip(" ."))
+    words = re.sub(
+        r"^(?:the )?(?:response|answer|assistant|model|doctor) ",
+        "",
+        " ".join(text.lower().split()).rstrip(" ."),
+    )
     m = _NOT.match(words)
     verb, _, rest = words[m.end() if m else 0:].partition(" ")
     return re.sub(r"(?<=ss|sh|ch|.x|.z)es$|(?<!s)s$", "", verb) + " " + rest, bool(m)
@@ -127,8 +143,20 @@ def doubts(
     for i, c in enumerate(row.rubrics, 1):
         core, negated = _statement(c.text)
         for j, other, sign in seen.setdefault(core, []):
-            if other == negated: found.append(f"criteria {j} and {i} say the same" + ("; remove one of them" if sign == c.positive else ", once for points and once against; remove one of them"))
-            elif sign == c.positive: found.append(f"criteria {j} and {i} are opposites, and both are {'rewarded' if sign else 'penalised'}; remove one of them")
+            if other == negated:
+                found.append(
+                    f"criteria {j} and {i} say the same"
+                    + (
+                        "; remove one of them"
+                        if sign == c.positive
+                        else ", once for points and once against; remove one of them"
+                    )
+                )
+            elif sign == c.positive:
+                found.append(
+                    f"criteria {j} and {i} are opposites, and both are"
+                    f" {'rewarded' if sign else 'penalised'}; remove one of them"
+                )
         seen[core].append((i, negated, c.positive))
     return found
 
@@ -144,12 +172,16 @@ def read_rows(
         except UserError as e: raise UserError(f"{where}{_name(d)}: {e}") from None
         sample = d.get("sample", 0)      # further answers to one conversation are numbered
         again = once.fault((row.prompt_id, str(sample)), where)
-        if not again: yield row
+        if not again:
+            yield row
         elif repeated is None:
             first = once.seen[row.prompt_id, str(sample)]
-            raise UserError(f"{where}: prompt_id {row.prompt_id} is there already, at {first}; give it another, "
-                            "or delete one of the two")
-        else: repeated(f"{where}: left out, since prompt_id {row.prompt_id} is there already")
+            raise UserError(
+                f"{where}: prompt_id {row.prompt_id} is there already, at {first}; give it another,"
+                " or delete one of the two"
+            )
+        else:
+            repeated(f"{where}: left out, since prompt_id {row.prompt_id} is there already")
 
 def _name(d): return f" ({d['prompt_id']})" if isinstance(d, dict) and d.get("prompt_id") else ""
 
@@ -165,7 +197,11 @@ def _verdicts(row, verdicts):
     "The verdicts to use for `row`, one per criterion."
     vs = row.verdicts if verdicts is None else verdicts
     if vs is None: raise UserError(f"{row.prompt_id}: the row has no verdicts; grade it first, or pass them")
-    if len(vs) != len(row.rubrics): raise UserError(f"{row.prompt_id}: {len(vs)} verdicts for {len(row.rubrics)} criteria; give one per criterion")
+    if len(vs) != len(row.rubrics):
+        raise UserError(
+            f"{row.prompt_id}: {len(vs)} verdicts for {len(row.rubrics)} criteria; give one per"
+            " criterion"
+        )
     return vs
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-30
@@ -178,7 +214,11 @@ def example_parts(
     whole = [c.points for c in row.rubrics], vs
     for c, v in zip(row.rubrics, vs):
         for t in c.tags: tagged[t][0].append(c.points); tagged[t][1].append(v)
-    return {"overall_score": whole} | {t: whole for t in row.example_tags} | {t: pv for t, pv in tagged.items() if max(pv[0]) > 0}
+    return (
+        {"overall_score": whole}
+        | {t: whole for t in row.example_tags}
+        | {t: pv for t, pv in tagged.items() if max(pv[0]) > 0}
+    )
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-33
 def example_metrics(
@@ -222,7 +262,9 @@ class Tally:
         self.unknown += sum(v.met is None for v in vs)
         for name, part in example_parts(row, vs).items():
             x = score_points(*part)
-            self.columns.setdefault(name, array("d")).extend((example, sample, float("nan") if x is None else x, *bounds_of_points(*part)))
+            self.columns.setdefault(name, array("d")).extend(
+                (example, sample, float("nan") if x is None else x, *bounds_of_points(*part))
+            )
 
     def table(self,
         name: str,            # "overall_score" or a tag
@@ -257,7 +299,11 @@ def summary(
         xs = t[~np.isnan(t[:, 2]), 2]
         if len(xs): out |= {name: clipped_mean(xs), f"{name}:n_samples": len(xs)}
         if len(xs) and bootstrap: out[f"{name}:bootstrap_std"] = bootstrap_std(xs, bootstrap, seed)
-        if tally.unknown: out |= {f"{name}:lowest": clipped_mean(t[:, 3]), f"{name}:highest": clipped_mean(t[:, 4])}
+        if tally.unknown:
+            out |= {
+                f"{name}:lowest": clipped_mean(t[:, 3]),
+                f"{name}:highest": clipped_mean(t[:, 4]),
+            }
     return out | (dict(unknown_verdicts=tally.unknown) if tally.unknown else {})
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-44
@@ -270,7 +316,11 @@ def aggregate(
     "HealthBench's results for graded rows, each answered once."
     if verdicts is not None:
         rows = list(rows)
-        if len(verdicts) != len(rows): raise UserError(f"{len(verdicts)} lists of verdicts for {len(rows)} rows; give one per row, in their order")
+        if len(verdicts) != len(rows):
+            raise UserError(
+                f"{len(verdicts)} lists of verdicts for {len(rows)} rows; give one per row, in"
+                " their order"
+            )
     tally = Tally()
     for r, v in zip(rows, verdicts) if verdicts is not None else ((r, None) for r in rows): tally.add(r, v)
     if not tally.answers: raise UserError("no rows to score; the file is empty")
@@ -288,7 +338,9 @@ def interval(
     t = tally.table(name)
     t = t[~np.isnan(t[:, 2])]
     _, which = np.unique(t[:, 0], return_inverse=True)
-    conversations = np.stack([np.bincount(which, t[:, 2]), np.bincount(which)], -1)       # sums and counts of answers
+    conversations = np.stack(
+        [np.bincount(which, t[:, 2]), np.bincount(which)], -1
+    )  # sums and counts of answers
     _, *ends = contrast_interval([conversations], [1], seed, level, resamples, "conversations")
     return tuple(float(x) for x in np.clip(ends, 0, 1))
 
@@ -300,4 +352,8 @@ def spread(
     t = tally.table(name)
     t = t[~np.isnan(t[:, 2])]
     each = [clipped_mean(t[t[:, 1] == k, 2]) for k in np.unique(t[:, 1])]
-    return dict(each=each, mean=float(np.mean(each)), sd=float(np.std(each, ddof=1)) if len(each) > 1 else None)
+    return dict(
+        each=each,
+        mean=float(np.mean(each)),
+        sd=float(np.std(each, ddof=1)) if len(each) > 1 else None,
+    )

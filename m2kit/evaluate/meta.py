@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import UserError
 from ..core.run import atomic_write, commit, json_line, versions
-from .harness import (Answer, Asked, Tape, alone_in, claim_folder, default_folder, label,
+from .harness import (Answer, Asked, CallTape, alone_in, claim_folder, default_folder, label,
                                     replacing, spans, to_stderr, who_grades)
 from .healthbench import Row, parse_row, read_messages
 from .source import Item, Source, chosen, find_rows
@@ -32,15 +32,22 @@ def pairwise(
     hits = defaultdict(list)
     for mine, theirs, cats in zip(said, others, categories or [()]*len(said), strict=True):
         for other in theirs:
-            for key in (("precision", mine), ("recall", other)):                   # precision looks at what I call so, recall at what they do
+            for key in (
+                ("precision", mine),
+                ("recall", other),
+            ):  # precision looks at what I call so, recall at what they do
                 for place in ("", *(f"{c}: " for c in cats)): hits[place, *key].append(mine == other)
     out = {(*k, ): (sum(v)/len(v), len(v)) for k, v in hits.items()}
     places = dict.fromkeys(p for p, *_ in hits)
     for p in places:
         for side in (True, False):
-            if (p, "precision", side) in out and (p, "recall", side) in out: out[p, "f1", side] = _f1(out[p, "precision", side], out[p, "recall", side])
+            if (p, "precision", side) in out and (p, "recall", side) in out:
+                out[p, "f1", side] = _f1(out[p, "precision", side], out[p, "recall", side])
         for m in ("precision", "recall", "f1"):
-            if (p, m, True) in out and (p, m, False) in out: out[p, m, None] = (out[p, m, True][0] + out[p, m, False][0])/2, out[p, m, True][1] + out[p, m, False][1]
+            if (p, m, True) in out and (p, m, False) in out:
+                out[p, m, None] = (out[p, m, True][0] + out[p, m, False][0]) / 2, out[p, m, True][
+                    1
+                ] + out[p, m, False][1]
     side = {True: "pos", False: "neg", None: "balanced"}
     return {f"{p}pairwise_{who}_{m}_{side[s]}": v for (p, m, s), v in out.items()}
 
@@ -90,9 +97,17 @@ def _labels(d):
 
 def _from_row(row):
     "The recorded verdicts of an ordinary row, as labels of one rater; unknown ones are no labels."
-    if row.completion is None or row.verdicts is None: raise UserError("it has no recorded completion and verdicts")
-    kinds = lambda c: (*(t for t in c.tags if t.startswith("axis:")), "points:" + ("positive" if c.positive else "negative"))
-    return [Judged(row.prompt_id, row.prompt, row.completion, c, (v.met,), ("recorded",), kinds(c)) for c, v in zip(row.rubrics, row.verdicts) if v.met is not None]
+    if row.completion is None or row.verdicts is None:
+        raise UserError("it has no recorded completion and verdicts")
+    kinds = lambda c: (
+        *(t for t in c.tags if t.startswith("axis:")),
+        "points:" + ("positive" if c.positive else "negative"),
+    )
+    return [
+        Judged(row.prompt_id, row.prompt, row.completion, c, (v.met,), ("recorded",), kinds(c))
+        for c, v in zip(row.rubrics, row.verdicts)
+        if v.met is not None
+    ]
 
 # %% ../../nbs/evaluate/meta.ipynb #cell-16
 class Ratings:
@@ -111,7 +126,12 @@ class Ratings:
         "The agreement of the grader, and of each physician with the others."
         known = [r for r in self.rows if r[0] is not None]
         model = pairwise([r[0] for r in known], [r[1] for r in known], [r[3] for r in known])
-        return dict(metrics={k: v for k, (v, _) in model.items()}, pairs={k: n for k, (_, n) in model.items()}, agreement=self._agreement(), physicians=self._physicians())
+        return dict(
+            metrics={k: v for k, (v, _) in model.items()},
+            pairs={k: n for k, (_, n) in model.items()},
+            agreement=self._agreement(),
+            physicians=self._physicians(),
+        )
 
 # %% ../../nbs/evaluate/meta.ipynb #cell-18
 @patch
@@ -121,15 +141,25 @@ def _agreement(self: Ratings) -> dict:
     pairs = sum(len(labels) for met, labels, *_ in self.rows if met is not None)
     missing = [(sum(labels), len(labels) - sum(labels)) for met, labels, *_ in self.rows if met is None]
     every = pairs + sum(map(sum, missing))
-    return dict(share=same/pairs if pairs else None, pairs=pairs, lowest=(same + sum(map(min, missing)))/every, highest=(same + sum(map(max, missing)))/every)
+    return dict(
+        share=same / pairs if pairs else None,
+        pairs=pairs,
+        lowest=(same + sum(map(min, missing))) / every,
+        highest=(same + sum(map(max, missing))) / every,
+    )
 
 @patch
 def _physicians(self: Ratings) -> dict:
     "Each physician's balanced F1 against the others; those who never met another, or only ever on one side, have none."
     by = defaultdict(lambda: ([], []))
     for _, labels, raters, _ in self.rows:
-        for i, who in enumerate(raters): by[who][0].append(labels[i]); by[who][1].append([*labels[:i], *labels[i + 1:]])
-    found = {who: pairwise(*v, who="physician").get("pairwise_physician_f1_balanced") for who, v in by.items()}
+        for i, who in enumerate(raters):
+            by[who][0].append(labels[i])
+            by[who][1].append([*labels[:i], *labels[i + 1 :]])
+    found = {
+        who: pairwise(*v, who="physician").get("pairwise_physician_f1_balanced")
+        for who, v in by.items()
+    }
     return {who: v[0] for who, v in found.items() if v}
 
 # %% ../../nbs/evaluate/meta.ipynb #cell-21
@@ -139,10 +169,17 @@ def read_judged(
 ) -> tuple:             # what the row has to judge, and a list of faults: it cannot be used, or there are none
     "A row of a meta-evaluation."
     d = None
-    try: return parse_judged(d := source[i]), []
+    try:
+        return parse_judged(d := source[i]), []
     except UserError as e:
-        prompt_id = d.get("prompt_id") if isinstance(d, dict) and isinstance(d.get("prompt_id"), str) else None
-        return [], [dict(line=source.numbers[i], prompt_id=prompt_id, what="left out", fault=str(e)[:500])]
+        prompt_id = (
+            d.get("prompt_id")
+            if isinstance(d, dict) and isinstance(d.get("prompt_id"), str)
+            else None
+        )
+        return [], [
+            dict(line=source.numbers[i], prompt_id=prompt_id, what="left out", fault=str(e)[:500])
+        ]
 
 def judged_batches(
     source: Source,
@@ -170,8 +207,16 @@ def verdict_line(
     v,                # the `Verdict` on it
 ) -> bytes:
     "A line of `verdicts.jsonl`."
-    return json_line(dict(prompt_id=j.prompt_id, points=j.criterion.points, met=v.met, explanation=v.explanation,
-                          labels=j.labels, categories=j.categories))
+    return json_line(
+        dict(
+            prompt_id=j.prompt_id,
+            points=j.criterion.points,
+            met=v.met,
+            explanation=v.explanation,
+            labels=j.labels,
+            categories=j.categories,
+        )
+    )
 
 # %% ../../nbs/evaluate/meta.ipynb #cell-24
 def judge_all(
@@ -187,7 +232,9 @@ def judge_all(
     def work(batch): return *batch[1:], verdicts_on(judge, batch[2], batch[0])
     ratings, left_out = Ratings(), 0
     with replacing(folder/"verdicts.jsonl") as out, replacing(folder/"failures.jsonl") as bad:
-        for stop, judged, faults, verdicts in stream(work, judged_batches(source, order, chunk if large else 1), room, window):
+        for stop, judged, faults, verdicts in stream(
+            work, judged_batches(source, order, chunk if large else 1), room, window
+        ):
             left_out += len(faults)
             bad.writelines(map(json_line, faults))
             for j, v in zip(judged, verdicts, strict=True):
@@ -219,14 +266,22 @@ def run_meta(
     source = Source(find_rows(rows, None if rows else "meta", fetch, tell))
     folder = Path(out or default_folder("meta", source.path, label(grader)))
     with alone_in(folder):
-        tape = Tape(folder/"calls")
+        tape = CallTape(folder/"calls")
         judge, _, by = who_grades(grader, grading, Asked(tape, seed, options or {}, tell))
-        claim_folder(folder, settings := dict(data=source.about, grader=by, seed=seed, limit=limit, chunk=chunk))
+        claim_folder(
+            folder,
+            settings := dict(data=source.about, grader=by, seed=seed, limit=limit, chunk=chunk),
+        )
         ratings, left_out = judge_all(source, chosen(source, limit, seed), judge, folder, chunk, tell)
         tell("")
         counts = {"verdicts": len(ratings.rows), "unknown": ratings.unknown, "left out": left_out}
         result = ratings.results() | dict(counts=counts, **settings, versions=versions(), commit=commit())
-        result["this_run"] = dict(folder=str(folder), seconds=round(time.monotonic() - began, 1), asked=tape.asked, found=tape.found)
+        result["this_run"] = dict(
+            folder=str(folder),
+            seconds=round(time.monotonic() - began, 1),
+            asked=tape.asked,
+            found=tape.found,
+        )
         atomic_write(folder/"meta.json", json.dumps(result, indent=1, ensure_ascii=False))
     return result
 
@@ -237,9 +292,26 @@ def meta_text(
     "A meta-evaluation as a table."
     m, a, name = r["metrics"], r["agreement"], "pairwise_model_f1_balanced"
     show = lambda x: "  n/a" if x is None else f"{x:.3f}"
-    lines = [f"{r['grader']['name']} on {r['data']['file']}: {r['counts']['verdicts']} verdicts, {a['pairs']} pairs",
-             f"{'balanced F1':42} {show(m.get(name))}   met {show(m.get('pairwise_model_f1_pos'))}, not met {show(m.get('pairwise_model_f1_neg'))}", f"{'pairs that agree':42} {show(a['share'])}"]
-    if r["counts"]["unknown"]: lines.append(f"{r['counts']['unknown']} verdicts are unknown; whatever they were, the share of pairs that agree lies in [{a['lowest']:.3f}, {a['highest']:.3f}]")
-    if (f1 := list(r["physicians"].values())) and name in m: lines.append(f"above {sum(x < m[name] for x in f1)} of {len(f1)} physicians, whose median is {sorted(f1)[len(f1)//2]:.3f}")
+    lines = [
+        (
+            f"{r['grader']['name']} on {r['data']['file']}: {r['counts']['verdicts']} verdicts,"
+            f" {a['pairs']} pairs"
+        ),
+        (
+            f"{'balanced F1':42} {show(m.get(name))}   met {show(m.get('pairwise_model_f1_pos'))},"
+            f" not met {show(m.get('pairwise_model_f1_neg'))}"
+        ),
+        f"{'pairs that agree':42} {show(a['share'])}",
+    ]
+    if r["counts"]["unknown"]:
+        lines.append(
+            f"{r['counts']['unknown']} verdicts are unknown; whatever they were, the share of pairs"
+            f" that agree lies in [{a['lowest']:.3f}, {a['highest']:.3f}]"
+        )
+    if (f1 := list(r["physicians"].values())) and name in m:
+        lines.append(
+            f"above {sum(x < m[name] for x in f1)} of {len(f1)} physicians, whose median is"
+            f" {sorted(f1)[len(f1)//2]:.3f}"
+        )
     cats = sorted((v, k.removesuffix(f": {name}")) for k, v in m.items() if k.endswith(f": {name}"))
     return "\n".join(lines + [f"  {k:40} {v:.3f}" for v, k in cats])

@@ -77,7 +77,16 @@ def example_page(
     "The page of one graded answer."
     points = [(c["points"], v["criteria_met"]) for c, v in zip(d["rubrics"], d["verdicts"])]
     got, best = sum(p for p, met in points if met), sum(p for p, met in points if p > 0 and met is not None)
-    return render(PAGE, title=f"{d['position'] + 1}. {d['prompt_id']}", d={"canary": "", **d}, criteria=list(zip(d["rubrics"], d["verdicts"])), got=got, best=best, before=before, after=after)
+    return render(
+        PAGE,
+        title=f"{d['position'] + 1}. {d['prompt_id']}",
+        d={"canary": "", **d},
+        criteria=list(zip(d["rubrics"], d["verdicts"])),
+        got=got,
+        best=best,
+        before=before,
+        after=after,
+    )
 
 # %% ../../nbs/evaluate/pages.ipynb #cell-14
 def _met(d, sign):
@@ -91,17 +100,39 @@ def write_pages(
     "An HTML page per example in `pages/`, and `index.html`."
     folder = Path(folder)
     for f in ("examples.jsonl", "result.json"):
-        if not (folder/f).exists(): raise UserError(f"{folder} has no {f}: it is not the folder of a finished run")
+        if not (folder / f).exists():
+            raise UserError(f"{folder} has no {f}: it is not the folder of a finished run")
     result, pages = json.loads((folder/"result.json").read_text(encoding="utf-8")), folder/"pages"
     pages.mkdir(exist_ok=True)
-    with open(folder/"index.html", "w", encoding="utf-8") as index, open(folder/"examples.jsonl", encoding="utf-8") as examples:
+    with open(folder / "index.html", "w", encoding="utf-8") as index, open(
+        folder / "examples.jsonl", encoding="utf-8"
+    ) as examples:
         names = sorted(result["by_repeat"], key=lambda n: (n != "overall_score", n))
-        index.write(render(TOP, title=f"{result['model']['name']} on {result['data']['file']}", r=result, names=names))
+        index.write(
+            render(
+                TOP,
+                title=f"{result['model']['name']} on {result['data']['file']}",
+                r=result,
+                names=names,
+            )
+        )
         for k, line in enumerate(examples):
             d, name = json.loads(line), page_name(k)
             last = k + 1 == result["counts"]["answers"]
-            (pages/name).write_text(example_page(d, page_name(k - 1) if k else "", "" if last else page_name(k + 1)), encoding="utf-8")
-            index.write(render(LINE, d=d, file=name, plus=_met(d, True), minus=_met(d, False), unknown=sum(v["criteria_met"] is None for v in d["verdicts"])))
+            (pages / name).write_text(
+                example_page(d, page_name(k - 1) if k else "", "" if last else page_name(k + 1)),
+                encoding="utf-8",
+            )
+            index.write(
+                render(
+                    LINE,
+                    d=d,
+                    file=name,
+                    plus=_met(d, True),
+                    minus=_met(d, False),
+                    unknown=sum(v["criteria_met"] is None for v in d["verdicts"]),
+                )
+            )
         index.write(END)
     for old in pages.glob("[0-9]*.html"):
         if int(old.stem) > result["counts"]["answers"]: old.unlink()

@@ -44,7 +44,9 @@ def _download(url, path, tell):
         with urllib.request.urlopen(url, timeout=60) as r: found = _copy(r, part, path.name, tell)
         os.replace(part, path)
     except (OSError, HTTPException) as e:
-        raise UserError(f"{url} cannot be fetched ({e}); fetch it by other means, and pass the file with --rows") from None
+        raise UserError(
+            f"{url} cannot be fetched ({e}); fetch it by other means, and pass the file with --rows"
+        ) from None
     finally: part.unlink(missing_ok=True)
     return found
 
@@ -59,7 +61,12 @@ def fetch_published(
     path = Path(folder or runs_dir()/"healthbench"/"data")/url.rsplit("/", 1)[-1]
     if path.exists(): return path
     digest, size = _download(url, path, tell)
-    note = dict(url=url, sha256=digest, bytes=size, fetched=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    note = dict(
+        url=url,
+        sha256=digest,
+        bytes=size,
+        fetched=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
     atomic_write(path.with_suffix(".json"), json.dumps(note, indent=1))
     return path
 
@@ -75,11 +82,19 @@ def find_rows(
     if rows is None and fetch: return fetch_published(subset or "all", tell=tell)
     if str(rows).startswith("clinic:"): return _clinic_file(str(rows)[7:])
     path, name = Path(rows or runs_dir()/"healthbench"/"data").expanduser(), url.rsplit("/", 1)[-1]
-    if path.is_dir() or rows is None: path = path/name
+    if path.is_dir() or rows is None:
+        path = path / name
     elif subset and path.name != name:
-        raise UserError(f"a subset is one of the published files, and {path} is none; leave out either of the two")
+        raise UserError(
+            f"a subset is one of the published files, and {path} is none; leave out either of"
+            " the two"
+        )
     if path.exists(): return path
-    way = "name a .jsonl file of HealthBench rows" if rows else f"pass a file with --rows, or --fetch to download {url}"
+    way = (
+        "name a .jsonl file of HealthBench rows"
+        if rows
+        else f"pass a file with --rows, or --fetch to download {url}"
+    )
     raise UserError(f"{path} is not there; {way}")
 
 def _clinic_file(n):
@@ -126,7 +141,13 @@ from fastcore.basics import patch
 @patch(as_prop=True)
 def about(self: Source) -> dict:
     "What a result says of its data."
-    return dict(file=self.path.name, sha256=self.sha256, bytes=self.bytes, rows=len(self), published=self.published)
+    return dict(
+        file=self.path.name,
+        sha256=self.sha256,
+        bytes=self.bytes,
+        rows=len(self),
+        published=self.published,
+    )
 
 @patch
 def __getitem__(self: Source,
@@ -154,7 +175,9 @@ def chosen(
     if limit is not None and limit < 1: raise UserError(f"the limit is {limit}; take one row at least")
     order = [i for i in range(len(source)) if not physician or _written(source, i, physician, group)]
     if not order:
-        what, of = "an ideal answer" if physician == "ideal" else "reference answers", f" of group {group}"*bool(group)
+        what, of = (
+            "an ideal answer" if physician == "ideal" else "reference answers"
+        ), f" of group {group}" * bool(group)
         raise UserError(f"{source.path}: no row has {what} by a physician{of}")
     return order if limit is None or limit >= len(order) else random.Random(seed).sample(order, limit)
 
@@ -196,7 +219,9 @@ def read_item(
         row, wrong = parse_row(d := source[i]), ()
         for name in needs:
             if getattr(row, name) is None:
-                raise UserError(f"it has no recorded {name}; run without --model recorded or --grader recorded")
+                raise UserError(
+                    f"it has no recorded {name}; run without --model recorded or --grader recorded"
+                )
         if (wrong := doubts(row)) and not lenient: raise UserError("; ".join(wrong))
         return Item(row, d, source.numbers[i], position, tuple(wrong))
     except UserError as e:

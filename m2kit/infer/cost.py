@@ -48,7 +48,10 @@ def own_answers(
     "What the doctor itself says to cases drawn afresh."
     rng = random.Random(f"own answers {seed}")
     asked = [opening(draw_case(rng)) for _ in range(n)]
-    return [encode_dialogue(tokenizer, [*d, dict(role="assistant", content=t)]) for d, t in zip(asked, rollout(model, tokenizer, asked, 1, 224, seed).texts)]
+    return [
+        encode_dialogue(tokenizer, [*d, dict(role="assistant", content=t)])
+        for d, t in zip(asked, rollout(model, tokenizer, asked, 1, 224, seed).texts)
+    ]
 
 def calibration(
     source: str,          # one of `SOURCES`
@@ -60,7 +63,8 @@ def calibration(
     "Calibration text from one of three sources."
     rng, stream = random.Random(f"calibration {seed}"), doctor_lessons(tokenizer, 3*10**6 + seed)
     rows = [next(stream) for _ in range(n)]
-    if choose(source, SOURCES, "source of calibration text") == "random": rows = [([rng.randrange(len(tokenizer)) for _ in i], m) for i, m in rows]
+    if choose(source, SOURCES, "source of calibration text") == "random":
+        rows = [([rng.randrange(len(tokenizer)) for _ in i], m) for i, m in rows]
     if source == "own": rows = own_answers(model, tokenizer, n, seed)
     return [(ids, attention) for ids, _, attention in as_batches(rows, tokenizer.pad_token_id, size)]
 
@@ -80,7 +84,10 @@ def log_probs(
     batches,              # from `held_out`
 ) -> list:                # per batch, (rows, length - 1, vocabulary) log-probabilities of the next token
     "What the model expects, token by token."
-    return [model(ids, attention_mask=attention).logits[:, :-1].log_softmax(-1) for ids, _, attention in batches]
+    return [
+        model(ids, attention_mask=attention).logits[:, :-1].log_softmax(-1)
+        for ids, _, attention in batches
+    ]
 
 def losses(
     now: list,            # `log_probs` of the model in question
@@ -107,9 +114,16 @@ def consult(
     rng = random.Random(f"consult {seed}")
     cases = [draw_case(rng) for _ in range(n)]
     jobs = [(c, k) for c in cases for k in samples]
-    said = LocalModel(model, tokenizer).chat([opening(c) for c, _ in jobs], Sampling(temperature=temperature, max_tokens=224), [k for _, k in jobs])
+    said = LocalModel(model, tokenizer).chat(
+        [opening(c) for c, _ in jobs],
+        Sampling(temperature=temperature, max_tokens=224),
+        [k for _, k in jobs],
+    )
     rows = [judge(c, a) for (c, _), a in zip(jobs, said)]
-    return [{k: sum(r[k] for r in part)/len(part) for k in part[0]} for part in (rows[i:i + len(samples)] for i in range(0, len(rows), len(samples)))]
+    return [
+        {k: sum(r[k] for r in part) / len(part) for k in part[0]}
+        for part in (rows[i : i + len(samples)] for i in range(0, len(rows), len(samples)))
+    ]
 
 def judge(
     case,        # of the clinic
@@ -118,9 +132,19 @@ def judge(
     "One answer by the case's own rubric."
     rubric = reference_rubric(case)
     verdicts, = ClauseGrader().grade([([], completion.text, rubric)])
-    flags = [v.met for c, v in zip(rubric, verdicts) if c.positive and any(t.startswith("said:red_flag:") for t in c.tags)]
+    flags = [
+        v.met
+        for c, v in zip(rubric, verdicts)
+        if c.positive and any(t.startswith("said:red_flag:") for t in c.tags)
+    ]
     bad = [c.points for c, v in zip(rubric, verdicts) if not c.positive and v.met]
-    return dict(score=score(rubric, verdicts, clip=False), red_flags=sum(flags)/max(1, len(flags)), unsafe=float(any(p <= -8 for p in bad)), faults=float(len(bad)), length=float(completion.completion_tokens))
+    return dict(
+        score=score(rubric, verdicts, clip=False),
+        red_flags=sum(flags) / max(1, len(flags)),
+        unsafe=float(any(p <= -8 for p in bad)),
+        faults=float(len(bad)),
+        length=float(completion.completion_tokens),
+    )
 
 # %% ../../nbs/infer/cost.ipynb #cell-18
 @dataclass(frozen=True)
@@ -158,7 +182,11 @@ def reference(
 ) -> tuple:                   # batches, and what the doctor in float32 expects on them
     "What every arm is compared with; computed once a process."
     model, tokenizer = load_policy(path)
-    texts = as_batches(own_answers(model, tokenizer, answers, 10**6), tokenizer.pad_token_id, 32) if own else held_out(tokenizer, answers)
+    texts = (
+        as_batches(own_answers(model, tokenizer, answers, 10**6), tokenizer.pad_token_id, 32)
+        if own
+        else held_out(tokenizer, answers)
+    )
     return texts, log_probs(model, texts)
 
 # %% ../../nbs/infer/cost.ipynb #cell-24
@@ -178,9 +206,17 @@ def measure(
         texts, plain = reference(path, *which)
         return losses(log_probs(model, texts), plain, texts).tolist()
     for cache, cases in caches:
-        scales = calibrate_scales(model, calibration("corpus", model, tokenizer, 32, arm.seed)) if cache == "calibrated" else None
+        scales = (
+            calibrate_scales(model, calibration("corpus", model, tokenizer, 32, arm.seed))
+            if cache == "calibrated"
+            else None
+        )
         with rounded_activations(model, arm.activations), fp8_cache(model, scales, on=bool(cache)):
-            out[cache] = dict(losses=forced(answers), own=forced(own, True) if own else [], rubric=consult(model, tokenizer, cases, samples=samples) if cases else [])
+            out[cache] = dict(
+                losses=forced(answers),
+                own=forced(own, True) if own else [],
+                rubric=consult(model, tokenizer, cases, samples=samples) if cases else [],
+            )
     return out
 
 # %% ../../nbs/infer/cost.ipynb #cell-26
@@ -199,7 +235,9 @@ def losses_only(
             keep = mask[:, 1:] > 0
             hidden = model.model(ids, attention_mask=attention).last_hidden_state[:, :-1][keep]
             nll = torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[:, 1:][keep], reduction="none")
-            out += torch.stack([torch.zeros(keep.shape).masked_scatter(keep, nll).sum(1), keep.sum(1)], 1).tolist()
+            out += torch.stack(
+                [torch.zeros(keep.shape).masked_scatter(keep, nll).sum(1), keep.sum(1)], 1
+            ).tolist()
     return out
 
 # %% ../../nbs/infer/cost.ipynb #cell-29
@@ -210,4 +248,5 @@ def run_all(
 ) -> list:                    # what it returned, in order
     "Run arms in processes, two at a time."
     if workers <= 1: return [function(**j) for j in jobs]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool: return [f.result() for f in [pool.submit(function, **j) for j in jobs]]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return [f.result() for f in [pool.submit(function, **j) for j in jobs]]

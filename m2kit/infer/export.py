@@ -27,7 +27,9 @@ def pack_codes(
 ) -> torch.Tensor:         # (rows, n / codes a word, rounded up) int32
     "Lay the codes into 32-bit words."
     per = 32//bits
-    c = torch.nn.functional.pad(codes.to(torch.int64) + 2**(bits - 1), (0, -codes.shape[1] % per)).view(len(codes), -1, per)
+    c = torch.nn.functional.pad(
+        codes.to(torch.int64) + 2 ** (bits - 1), (0, -codes.shape[1] % per)
+    ).view(len(codes), -1, per)
     words = (c << (torch.arange(per, device=c.device)*bits)).sum(-1)
     return (words - ((words >> 31) << 32)).to(torch.int32)        # the top bit is the sign of an int32
 
@@ -37,7 +39,9 @@ def unpack_codes(
     n: int,                # codes a row
 ) -> torch.Tensor:         # (rows, n) int8
     "The codes that were laid in."
-    c = (words.to(torch.int64)[..., None] >> (torch.arange(32//bits, device=words.device)*bits)) & (2**bits - 1)
+    c = (
+        words.to(torch.int64)[..., None] >> (torch.arange(32 // bits, device=words.device) * bits)
+    ) & (2**bits - 1)
     return (c.reshape(len(words), -1)[:, :n] - 2**(bits - 1)).to(torch.int8)
 
 # %% ../../nbs/infer/export.ipynb #cell-9
@@ -46,7 +50,11 @@ def packed_tensors(
     q: Quantized,     # its weight
 ) -> dict:            # name -> tensor, as they stand in the file
     "The tensors that stand for a quantized weight in the file."
-    out = {f"{name}.weight_packed": pack_codes(q.codes, q.grid.bits), f"{name}.weight_scale": q.scale, f"{name}.weight_shape": torch.tensor(q.codes.shape)}
+    out = {
+        f"{name}.weight_packed": pack_codes(q.codes, q.grid.bits),
+        f"{name}.weight_scale": q.scale,
+        f"{name}.weight_shape": torch.tensor(q.codes.shape),
+    }
     if not q.grid.symmetric: out[f"{name}.weight_zero_point"] = pack_codes(q.zero.T, q.grid.bits).T
     return {k: t.detach().contiguous().cpu() for k, t in out.items()}
 
@@ -58,7 +66,11 @@ def unpacked(
     "The quantized weight that those tensors stand for."
     rows, cols = tensors[f"{name}.weight_shape"].tolist()
     scale, zero = tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point")
-    zero = torch.zeros(scale.shape, dtype=torch.int8) if zero is None else unpack_codes(zero.T, grid.bits, rows).T
+    zero = (
+        torch.zeros(scale.shape, dtype=torch.int8)
+        if zero is None
+        else unpack_codes(zero.T, grid.bits, rows).T
+    )
     return Quantized(unpack_codes(tensors[f"{name}.weight_packed"], grid.bits, cols), scale, zero, grid)
 
 # %% ../../nbs/infer/export.ipynb #cell-11
@@ -67,12 +79,35 @@ def quantization_config(
     activations: int = 16,   # bits; 8: rounded token by token at run time
 ) -> dict:
     "What config.json says about it (compressed-tensors)."
-    weights = dict(num_bits=grid.bits, type="int", symmetric=grid.symmetric, strategy="group" if grid.group else "channel", group_size=grid.group or None, dynamic=False)
-    inputs = dict(num_bits=activations, type="int", symmetric=True, strategy="token", dynamic=True) if activations < 16 else None
+    weights = dict(
+        num_bits=grid.bits,
+        type="int",
+        symmetric=grid.symmetric,
+        strategy="group" if grid.group else "channel",
+        group_size=grid.group or None,
+        dynamic=False,
+    )
+    inputs = (
+        dict(num_bits=activations, type="int", symmetric=True, strategy="token", dynamic=True)
+        if activations < 16
+        else None
+    )
     group = dict(targets=["Linear"], weights=weights, input_activations=inputs, output_activations=None)
-    return dict(quant_method="compressed-tensors", format="pack-quantized", quantization_status="compressed", config_groups=dict(group_0=group), ignore=["lm_head"], kv_cache_scheme=None)
+    return dict(
+        quant_method="compressed-tensors",
+        format="pack-quantized",
+        quantization_status="compressed",
+        config_groups=dict(group_0=group),
+        ignore=["lm_head"],
+        kv_cache_scheme=None,
+    )
 
-_LAYOUT = dict(num_bits=(4, 8), type=("int", None), strategy=("group", "channel", None), actorder=(None, "static", "weight"))
+_LAYOUT = dict(
+    num_bits=(4, 8),
+    type=("int", None),
+    strategy=("group", "channel", None),
+    actorder=(None, "static", "weight"),
+)
 
 def read_grid(
     config: dict,     # what config.json holds
@@ -84,26 +119,39 @@ def read_grid(
     w = next(iter(groups.values())).get("weights") or {} if len(groups) == 1 else {}
     theirs = q.get("quant_method", "it is not quantized")
     if q.get("format") != "pack-quantized" or theirs != "compressed-tensors" or not w:
-        raise UserError(f"{path} is no pack-quantized checkpoint of compressed-tensors with one group of layers; "
-                        f"open it with the library that wrote it ({theirs})")
+        raise UserError(
+            f"{path} is no pack-quantized checkpoint of compressed-tensors with one group of"
+            f" layers; open it with the library that wrote it ({theirs})"
+        )
     for key, known in _LAYOUT.items():
         if w.get(key) not in known:
-            raise UserError(f"{path}: weights with {key} {w.get(key)!r} are not read here; open it with compressed-tensors")
+            raise UserError(
+                f"{path}: weights with {key} {w.get(key)!r} are not read here; open it with"
+                " compressed-tensors"
+            )
     return Grid(w["num_bits"], max(0, w.get("group_size") or 0), w.get("symmetric", True))
 
-# %% ../../nbs/infer/export.ipynb #check-target
+# %% ../../nbs/infer/export.ipynb #cell-14
 def check_target(
     path,         # where a checkpoint is to be written
     grid: Grid,   # bits, group, symmetry
 ):
     "A `UserError` when nothing can be written there, or nothing that an engine reads."
     path = Path(path)
-    if grid.bits not in (4, 8): raise UserError(f"{grid.bits} bits: vLLM's kernels read 4 and 8; quantize with bits=4 or 8 to export")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())): raise UserError(f"{path} exists already; give a new folder, or delete it first")
+    if grid.bits not in (4, 8):
+        raise UserError(
+            f"{grid.bits} bits: vLLM's kernels read 4 and 8; quantize with bits=4 or 8 to export"
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already; give a new folder, or delete it first")
     above = next(p for p in path.absolute().parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK): raise UserError(f"{path} cannot be written: {above} is no folder that you may write to; name another place")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(
+            f"{path} cannot be written: {above} is no folder that you may write to; name another"
+            " place"
+        )
 
-# %% ../../nbs/infer/export.ipynb #cell-14
+# %% ../../nbs/infer/export.ipynb #cell-15
 def export(
     model, tokenizer,        # after `quantize_model`
     quantized: dict,         # what it returned
@@ -114,9 +162,18 @@ def export(
     from huggingface_hub import save_torch_state_dict
     path, grid = Path(path), next(iter(quantized.values())).grid
     check_target(path, grid)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k.removesuffix(".weight") not in quantized}
-    if model.config.tie_word_embeddings and not torch.equal(state.pop("lm_head.weight"), state["model.embed_tokens.weight"]):
-        raise UserError("the model's config ties its output layer to the embedding, but they differ; set model.config.tie_word_embeddings = False")
+    state = {
+        k: v.detach().cpu().contiguous()
+        for k, v in model.state_dict().items()
+        if k.removesuffix(".weight") not in quantized
+    }
+    if model.config.tie_word_embeddings and not torch.equal(
+        state.pop("lm_head.weight"), state["model.embed_tokens.weight"]
+    ):
+        raise UserError(
+            "the model's config ties its output layer to the embedding, but they differ; set"
+            " model.config.tie_word_embeddings = False"
+        )
     for n, q in quantized.items(): state |= packed_tensors(n, q)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tmp.mkdir(parents=True)
@@ -124,13 +181,16 @@ def export(
         save_torch_state_dict(state, tmp)
         tokenizer.save_pretrained(tmp)
         model.generation_config.to_json_file(tmp/"generation_config.json")       # as it is: see below
-        config = model.config.to_dict() | dict(architectures=[type(model).__name__], quantization_config=quantization_config(grid, activations))
+        config = model.config.to_dict() | dict(
+            architectures=[type(model).__name__],
+            quantization_config=quantization_config(grid, activations),
+        )
         (tmp/"config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         if path.exists(): path.rmdir()
         return tmp.rename(path)
     except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
 
-# %% ../../nbs/infer/export.ipynb #cell-15
+# %% ../../nbs/infer/export.ipynb #cell-16
 def read_tensors(path) -> dict: # a checkpoint folder
     "Every tensor of its safetensors files."
     from safetensors.torch import load_file
@@ -148,25 +208,47 @@ def load_quantized(
     grid = read_grid(raw, path); raw.pop("quantization_config")
     tensors, dtype = read_tensors(path), getattr(torch, raw.get("dtype") or "float32")
     names = [k.removesuffix(".weight_packed") for k in tensors if k.endswith(".weight_packed")]
-    state = {k: t for k, t in tensors.items() if not any(k.startswith(f"{n}.weight_") for n in names)} | {f"{n}.weight": unpacked(n, tensors, grid).weight for n in names}
+    state = {
+        k: t for k, t in tensors.items() if not any(k.startswith(f"{n}.weight_") for n in names)
+    } | {f"{n}.weight": unpacked(n, tensors, grid).weight for n in names}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=dtype)
-    gone = [k for k in model.load_state_dict(state, strict=False).missing_keys if not (k == "lm_head.weight" and raw.get("tie_word_embeddings"))]
+    gone = [
+        k
+        for k in model.load_state_dict(state, strict=False).missing_keys
+        if not (k == "lm_head.weight" and raw.get("tie_word_embeddings"))
+    ]
     if gone: raise UserError(f"{path} lacks {gone[0]} ({len(gone)} tensors in all); export it again")
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
-# %% ../../nbs/infer/export.ipynb #cell-19
+# %% ../../nbs/infer/export.ipynb #cell-20
 def source_config(
     source,      # a folder, or a name in the Hugging Face cache
 ) -> dict:
     "The checkpoint's config.json as it stands; a `UserError` when it does not describe a model to quantize."
     from huggingface_hub import try_to_load_from_cache
-    try: found = Path(source)/"config.json" if Path(source).is_dir() else try_to_load_from_cache(str(source), "config.json")
-    except ValueError: found = None                     # not even a possible name
-    if not isinstance(found, (str, Path)): raise UserError(f"{source}: there is no such folder, and no such name in the Hugging Face cache; fetch it first: hf download OWNER/NAME")
-    if not Path(found).is_file(): raise UserError(f"{source} has no config.json; give a folder that save_pretrained wrote")
+    try:
+        found = (
+            Path(source) / "config.json"
+            if Path(source).is_dir()
+            else try_to_load_from_cache(str(source), "config.json")
+        )
+    except ValueError:
+        found = None  # not even a possible name
+    if not isinstance(found, (str, Path)):
+        raise UserError(
+            f"{source}: there is no such folder, and no such name in the Hugging Face cache; fetch"
+            " it first: hf download OWNER/NAME"
+        )
+    if not Path(found).is_file():
+        raise UserError(f"{source} has no config.json; give a folder that save_pretrained wrote")
     config = parse_json(read_text(found), str(found), 1)
-    if not isinstance(config, dict): raise UserError(f"{found}: no JSON object; download the checkpoint's config.json again")
-    if (q := config.get("quantization_config")): raise UserError(f"{source} is quantized already ({q.get('quant_method', 'unknown')}); start from the unquantized checkpoint")
+    if not isinstance(config, dict):
+        raise UserError(f"{found}: no JSON object; download the checkpoint's config.json again")
+    if q := config.get("quantization_config"):
+        raise UserError(
+            f"{source} is quantized already ({q.get('quant_method', 'unknown')}); start from the"
+            " unquantized checkpoint"
+        )
     decoder(config)
     return config
 
@@ -176,15 +258,30 @@ def check_weights(
 ):
     "A `UserError` when the files hold weights that the model does not use."
     from safetensors import safe_open
-    own, tied, embedding = model.state_dict(), model.config.tie_word_embeddings, model.get_input_embeddings().weight.detach().cpu()
+    own, tied, embedding = (
+        model.state_dict(),
+        model.config.tie_word_embeddings,
+        model.get_input_embeddings().weight.detach().cpu(),
+    )
     for f in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(f, "pt") as t:
             extra = [k for k in t.keys() if k not in own and not k.endswith("rotary_emb.inv_freq")]
-            if extra: raise UserError(f"{f}: {extra[0]} ({len(extra)} tensors in all) has no place in the model that config.json describes; take the config that belongs to these weights")
-            if tied and "lm_head.weight" in t.keys() and not torch.equal(t.get_tensor("lm_head.weight").to(embedding.dtype), embedding):
-                raise UserError(f"{f}: config.json ties the output layer to the embedding, but the file has another output layer; set tie_word_embeddings to false there")
+            if extra:
+                raise UserError(
+                    f"{f}: {extra[0]} ({len(extra)} tensors in all) has no place in the model that"
+                    " config.json describes; take the config that belongs to these weights"
+                )
+            if (
+                tied
+                and "lm_head.weight" in t.keys()
+                and not torch.equal(t.get_tensor("lm_head.weight").to(embedding.dtype), embedding)
+            ):
+                raise UserError(
+                    f"{f}: config.json ties the output layer to the embedding, but the file has"
+                    " another output layer; set tie_word_embeddings to false there"
+                )
 
-# %% ../../nbs/infer/export.ipynb #cell-22
+# %% ../../nbs/infer/export.ipynb #cell-23
 @dataclass(frozen=True)
 class Scheme:
     "A format of weights and activations, and how the paper reaches it."
@@ -193,18 +290,41 @@ class Scheme:
     method: str          # see `quantize_model`
     rotate: bool         # fold a Hadamard rotation in first
 
-SCHEMES = {"W4A16": Scheme(Grid(4, 128), 16, "autoround", False), "W4A8": Scheme(Grid(4, 128), 8, "gptq", True), "W8A16": Scheme(Grid(8, 128), 16, "nearest", False)}
+SCHEMES = {
+    "W4A16": Scheme(Grid(4, 128), 16, "autoround", False),
+    "W4A8": Scheme(Grid(4, 128), 8, "gptq", True),
+    "W8A16": Scheme(Grid(8, 128), 16, "nearest", False),
+}
 
 def check_texts(
     texts,   # calibration: str, or dialogues (lists of messages with role and content)
 ):
     "A `UserError` that names the first text that is none."
-    if isinstance(texts, str): raise UserError("the calibration texts are one text; give a list of texts or dialogues, some 128 of them")
-    if not len(texts := list(texts)): raise UserError("there is no calibration text; give some texts or dialogues, some 128 of them")
+    if isinstance(texts, str):
+        raise UserError(
+            "the calibration texts are one text; give a list of texts or dialogues, some 128 of"
+            " them"
+        )
+    if not len(texts := list(texts)):
+        raise UserError(
+            "there is no calibration text; give some texts or dialogues, some 128 of them"
+        )
     for i, t in enumerate(texts, 1):
-        message = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        fine = bool(t.strip()) if isinstance(t, str) else isinstance(t, (list, tuple)) and bool(t) and all(map(message, t))
-        if not fine: raise UserError(f"calibration text {i} is {str(t)[:40]!r}; give a text, or a list of messages with role and content")
+        message = (
+            lambda m: isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+        )
+        fine = (
+            bool(t.strip())
+            if isinstance(t, str)
+            else isinstance(t, (list, tuple)) and bool(t) and all(map(message, t))
+        )
+        if not fine:
+            raise UserError(
+                f"calibration text {i} is {str(t)[:40]!r}; give a text, or a list of messages with"
+                " role and content"
+            )
 
 def calibration_batches(
     tokenizer,              # with a chat template, for dialogues
@@ -217,10 +337,13 @@ def calibration_batches(
     as_text = lambda t: t if isinstance(t, str) else tokenizer.apply_chat_template(t, tokenize=False)
     ids = sorted((tokenizer(as_text(t), add_special_tokens=False).input_ids[:length] for t in texts), key=len)
     if not ids[0]: raise UserError("a calibration text has no tokens; leave it out")
-    parts = [pad_batch([(i, i) for i in ids[a:a + rows]], tokenizer.pad_token_id or 0) for a in range(0, len(ids), rows)]
+    parts = [
+        pad_batch([(i, i) for i in ids[a : a + rows]], tokenizer.pad_token_id or 0)
+        for a in range(0, len(ids), rows)
+    ]
     return [(i, m) for i, _, m in parts]
 
-# %% ../../nbs/infer/export.ipynb #cell-24
+# %% ../../nbs/infer/export.ipynb #cell-25
 def quantize_checkpoint(
     source,                    # a folder, or a name in the Hugging Face cache
     out,                       # a new folder
@@ -242,4 +365,10 @@ def quantize_checkpoint(
     check_model(model, s.grid)
     if s.rotate: rotate(model)
     batches = calibration_batches(tokenizer, texts, length) if s.method != "nearest" else []
-    return export(model, tokenizer, quantize_model(model, s.grid, s.method, batches, tell, **options), out, s.activations)
+    return export(
+        model,
+        tokenizer,
+        quantize_model(model, s.grid, s.method, batches, tell, **options),
+        out,
+        s.activations,
+    )

@@ -45,7 +45,10 @@ class Fp8Layer(DynamicLayer):
     ):
         "Store the new ones in a byte each; return all of them, as numbers."
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
-        dtype, new = key_states.dtype, (to_fp8(key_states, self.key_scale), to_fp8(value_states, self.value_scale))
+        dtype, new = key_states.dtype, (
+            to_fp8(key_states, self.key_scale),
+            to_fp8(value_states, self.value_scale),
+        )
         old = (self.keys, self.values) if self.get_seq_length() else (None, None)
         self.keys, self.values = (n if o is None else _cat(o, n) for o, n in zip(old, new))
         return from_fp8(self.keys, self.key_scale, dtype), from_fp8(self.values, self.value_scale, dtype)
@@ -62,12 +65,19 @@ class Fp8Cache(DynamicCache):
         scales=None,        # [(key scale, value scale)] a layer; None: 1.0, as in the paper
     ):
         super().__init__()
-        self.layers, self.layer_class_to_replicate = [Fp8Layer(*s) for s in (scales or [(1., 1.)]*layers)], None
+        self.layers, self.layer_class_to_replicate = [
+            Fp8Layer(*s) for s in scales or [(1.0, 1.0)] * layers
+        ], None
 
     @property
     def nbytes(self) -> int:
         "What the keys and values take."
-        return sum(t.numel()*t.element_size() for l in self.layers if l.is_initialized for t in (l.keys, l.values))
+        return sum(
+            t.numel() * t.element_size()
+            for l in self.layers
+            if l.is_initialized
+            for t in (l.keys, l.values)
+        )
 
 # %% ../../nbs/infer/kvcache.ipynb #cell-20
 @contextmanager
@@ -78,14 +88,19 @@ def fp8_cache(
 ):
     "Keep keys and values in FP8 while the model runs."
     n = model.config.num_hidden_layers
-    if scales is not None and len(scales) != n: raise UserError(f"{len(scales)} pairs of scales for {n} layers; calibrate_scales gives one pair a layer")
+    if scales is not None and len(scales) != n:
+        raise UserError(
+            f"{len(scales)} pairs of scales for {n} layers; calibrate_scales gives one pair a layer"
+        )
     def swap(
         module, args, kwargs,   # the decoder, and what it was called with
     ):
         "A fresh cache becomes an FP8 cache; one that holds FP8 already goes on."
         past = kwargs.get("past_key_values")
-        if past is None or (not isinstance(past, Fp8Cache) and past.get_seq_length() == 0): kwargs["past_key_values"] = Fp8Cache(n, scales)
-        elif not isinstance(past, Fp8Cache): raise UserError("this sequence began with another cache; begin it inside the `with`")
+        if past is None or (not isinstance(past, Fp8Cache) and past.get_seq_length() == 0):
+            kwargs["past_key_values"] = Fp8Cache(n, scales)
+        elif not isinstance(past, Fp8Cache):
+            raise UserError("this sequence began with another cache; begin it inside the `with`")
         return args, kwargs
     hook = model.model.register_forward_pre_hook(swap, with_kwargs=True) if on else None
     try: yield model
@@ -105,5 +120,6 @@ def calibrate_scales(
         model.model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         keep = mask.bool()
         for at, layer in zip(largest, cache.layers):
-            for k, t in enumerate((layer.keys, layer.values)): at[k] = max(at[k], t.transpose(1, 2)[keep].abs().max().item())
+            for k, t in enumerate((layer.keys, layer.values)):
+                at[k] = max(at[k], t.transpose(1, 2)[keep].abs().max().item())
     return [tuple(max(x, 1e-6)/LARGEST for x in at) for at in largest]

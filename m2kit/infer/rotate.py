@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from ..core.errors import UserError
 from ..lm.memory import decoder
-from .quantize import Grid, Hessian, check_model, find_scales, from_codes, gptq, linears, nearest, to_codes, watching
+from .quantize import (
+    Grid, Hessian, check_model, find_scales, from_codes, gptq, linears, nearest, to_codes, watching)
 
 # %% ../../nbs/infer/rotate.ipynb #cell-6
 def round_tokens(
@@ -32,7 +33,11 @@ def rounded_activations(
 ):
     "Round what goes into the decoder's linear layers, token by token."
     layers = [] if bits >= 16 else model.model.layers
-    hooks = [m.register_forward_pre_hook(lambda m, args: (round_tokens(args[0], bits), *args[1:])) for l in layers for m in linears(l).values()]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args: (round_tokens(args[0], bits), *args[1:]))
+        for l in layers
+        for m in linears(l).values()
+    ]
     try: yield model
     finally:
         for h in hooks: h.remove()
@@ -60,13 +65,27 @@ def peaks(
 def _paley(n: int):
     "A Hadamard matrix of order n = p + 1 (p prime, 3 mod 4) or 2 (p + 1) (p prime, 1 mod 4), or None."
     for p, kind in ((n - 1, 3), (n//2 - 1, 1)):
-        if p < 3 or p % 4 != kind or any(p % k == 0 for k in range(2, int(p**.5) + 1)) or (kind == 1 and n % 2): continue
+        if (
+            p < 3
+            or p % 4 != kind
+            or any(p % k == 0 for k in range(2, int(p**0.5) + 1))
+            or (kind == 1 and n % 2)
+        ):
+            continue
         squares = {k*k % p for k in range(1, p)}
-        q = torch.tensor([[0 if i == j else 1 if (i - j) % p in squares else -1 for j in range(p)] for i in range(p)], dtype=torch.float64)
+        q = torch.tensor(
+            [
+                [0 if i == j else 1 if (i - j) % p in squares else -1 for j in range(p)]
+                for i in range(p)
+            ],
+            dtype=torch.float64,
+        )
         c = torch.nn.functional.pad(q, (1, 0, 1, 0))
         c[0, 1:], c[1:, 0] = 1, 1 if kind == 1 else -1
         if kind == 3: return c + torch.eye(n, dtype=torch.float64)
-        a, b = torch.tensor([[1., 1.], [1., -1.]], dtype=torch.float64), torch.tensor([[1., -1.], [-1., -1.]], dtype=torch.float64)
+        a, b = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), torch.tensor(
+            [[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64
+        )
         return torch.kron(c, a) + torch.kron(torch.eye(len(c), dtype=torch.float64), b)
 
 def hadamard(
@@ -78,9 +97,14 @@ def hadamard(
         m = n >> doublings
         small = torch.ones(1, 1, dtype=torch.float64) if m == 1 else _paley(m)
         if small is not None: break
-        if m % 2: raise UserError(f"no Hadamard matrix of order {n} here: it is no power of two, nor such a multiple of 12, 20, 28, ...; leave the rotation out (rotate=False)")
+        if m % 2:
+            raise UserError(
+                f"no Hadamard matrix of order {n} here: it is no power of two, nor such a multiple"
+                " of 12, 20, 28, ...; leave the rotation out (rotate=False)"
+            )
         doublings += 1
-    for _ in range(doublings): small = torch.cat([torch.cat([small, small], 1), torch.cat([small, -small], 1)])
+    for _ in range(doublings):
+        small = torch.cat([torch.cat([small, small], 1), torch.cat([small, -small], 1)])
     return small
 
 # %% ../../nbs/infer/rotate.ipynb #cell-19
@@ -127,9 +151,13 @@ def _write(layer, r):
 def _turn_values(a, r):
     "Rotate the values inside each head, and back."
     D = len(r)
-    a.v_proj.weight.copy_((r.T @ a.v_proj.weight.double().view(-1, D, a.v_proj.in_features)).view_as(a.v_proj.weight))
+    a.v_proj.weight.copy_(
+        (r.T @ a.v_proj.weight.double().view(-1, D, a.v_proj.in_features)).view_as(a.v_proj.weight)
+    )
     if a.v_proj.bias is not None: a.v_proj.bias.copy_((a.v_proj.bias.double().view(-1, D) @ r).flatten())
-    a.o_proj.weight.copy_((a.o_proj.weight.double().view(a.o_proj.out_features, -1, D) @ r).view_as(a.o_proj.weight))
+    a.o_proj.weight.copy_(
+        (a.o_proj.weight.double().view(a.o_proj.out_features, -1, D) @ r).view_as(a.o_proj.weight)
+    )
 
 @torch.no_grad()
 def rotate(
@@ -158,7 +186,9 @@ def spin(
     r = rotation(decoder(model.config).intermediate, seed).to(model.device)
     for layer in check_model(model):
         _read(layer.mlp.down_proj, r)
-        layer.mlp.down_proj.register_forward_pre_hook(lambda m, args, r=r: ((args[0].to(m.weight.dtype) @ r.to(m.weight.dtype)),))
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda m, args, r=r: ((args[0].to(m.weight.dtype) @ r.to(m.weight.dtype)),)
+        )
     return model
 
 # %% ../../nbs/infer/rotate.ipynb #cell-34
@@ -168,7 +198,9 @@ def layer_inputs(
 ) -> torch.Tensor:      # (tokens, in)
     "What goes into one linear layer."
     seen = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args[0][mask.bool()]))
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda m, args: seen.append(args[0][mask.bool()])
+    )
     try:
         with torch.no_grad(): model.model(ids, attention_mask=mask)
     finally: hook.remove()
@@ -187,4 +219,13 @@ def layer_cost(
     h.add(fit)
     v = w if weights >= 16 else (nearest(w, grid) if method == "nearest" else gptq(w, h.mean, grid)).weight
     y = test @ w.T
-    return (((test if activations >= 16 else round_tokens(test, activations)) @ v.T - y).square().mean()/y.square().mean()).sqrt().item()
+    return (
+        (
+            ((test if activations >= 16 else round_tokens(test, activations)) @ v.T - y)
+            .square()
+            .mean()
+            / y.square().mean()
+        )
+        .sqrt()
+        .item()
+    )

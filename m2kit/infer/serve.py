@@ -13,26 +13,49 @@ import json, math, shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.errors import UserError, choose
-from ..lm.memory import KV_BYTES, LAYOUTS, OVERHEAD, QWEN25_32B, Budget, Layout, _as_dict, budget, card_bytes, card_named, decoder, max_length
+from ..lm.memory import (
+    KV_BYTES, LAYOUTS, OVERHEAD, QWEN25_32B, Budget, Layout, _as_dict, budget, card_bytes,
+    card_named, decoder, max_length)
 
 # %% ../../nbs/infer/serve.ipynb #cell-6
 def _packed(q: dict) -> Layout: # GPTQ, AWQ, AutoRound
     bits, group, sym = q.get("bits"), q.get("group_size", -1), bool(q.get("sym", False))
-    if not isinstance(bits, int): raise UserError(f"quantization_config of method {q['quant_method']}: bits is {bits!r}; it must be a whole number")
+    if not isinstance(bits, int):
+        raise UserError(
+            f"quantization_config of method {q['quant_method']}: bits is {bits!r}; it must be a"
+            " whole number"
+        )
     return Layout(bits, group=max(group, 0), zero_bits=0 if sym else bits)
 
 def _compressed(q: dict) -> Layout: # compressed-tensors, as llm-compressor writes it
     groups = list((q.get("config_groups") or {}).values())
-    if len(groups) != 1: raise UserError(f"quantization_config has {len(groups)} config_groups; only checkpoints with one scheme for all linear layers are counted here")
+    if len(groups) != 1:
+        raise UserError(
+            f"quantization_config has {len(groups)} config_groups; only checkpoints with one scheme"
+            " for all linear layers are counted here"
+        )
     w = groups[0].get("weights") or {}
-    if not isinstance(w.get("num_bits"), int): raise UserError("quantization_config: config_groups names no num_bits for the weights")
-    return Layout(w["num_bits"], group=w.get("group_size") or 0, zero_bits=0 if w.get("symmetric", True) else w["num_bits"])
+    if not isinstance(w.get("num_bits"), int):
+        raise UserError("quantization_config: config_groups names no num_bits for the weights")
+    return Layout(
+        w["num_bits"],
+        group=w.get("group_size") or 0,
+        zero_bits=0 if w.get("symmetric", True) else w["num_bits"],
+    )
 
 def _bnb(q: dict) -> Layout: # bitsandbytes: blocks of 64 with a scale of 32 bits, or of 8 bits when quantized again
-    if q.get("load_in_4bit"): return Layout(4, group=64, scale_bits=8 if q.get("bnb_4bit_use_double_quant") else 32)
+    if q.get("load_in_4bit"):
+        return Layout(4, group=64, scale_bits=8 if q.get("bnb_4bit_use_double_quant") else 32)
     return Layout(8, scale_bits=32)
 
-METHODS = {"gptq": _packed, "awq": _packed, "auto-round": _packed, "compressed-tensors": _compressed, "fp8": lambda q: Layout(8, scale_bits=32), "bitsandbytes": _bnb}
+METHODS = {
+    "gptq": _packed,
+    "awq": _packed,
+    "auto-round": _packed,
+    "compressed-tensors": _compressed,
+    "fp8": lambda q: Layout(8, scale_bits=32),
+    "bitsandbytes": _bnb,
+}
 
 # %% ../../nbs/infer/serve.ipynb #cell-7
 def stored_layout(
@@ -41,7 +64,13 @@ def stored_layout(
     "How the checkpoint says that its linear layers are stored."
     q = _as_dict(config).get("quantization_config")
     if not q: return None
-    return METHODS[choose(str(q.get("quant_method")).lower(), METHODS, "quantization method (quant_method in config.json)")](q)
+    return METHODS[
+        choose(
+            str(q.get("quant_method")).lower(),
+            METHODS,
+            "quantization method (quant_method in config.json)",
+        )
+    ](q)
 
 # %% ../../nbs/infer/serve.ipynb #cell-10
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
@@ -51,8 +80,16 @@ def check_counted(
 ):
     "A `UserError` for architectures whose memory is not counted here."
     kind = config.get("model_type")
-    if found := [k for k in EXPERTS if config.get(k)]: raise UserError(f"{kind}: a mixture of experts ({found[0]} in config.json); only dense decoders are counted here. Ask the engine: it prints the size of its cache when it starts")
-    if isinstance(config.get("text_config"), dict): raise UserError(f"{kind}: a multimodal config; its text_config can be counted as a config of its own, the vision part cannot")
+    if found := [k for k in EXPERTS if config.get(k)]:
+        raise UserError(
+            f"{kind}: a mixture of experts ({found[0]} in config.json); only dense decoders are"
+            " counted here. Ask the engine: it prints the size of its cache when it starts"
+        )
+    if isinstance(config.get("text_config"), dict):
+        raise UserError(
+            f"{kind}: a multimodal config; its text_config can be counted as a config of its own,"
+            " the vision part cannot"
+        )
     decoder(config)
 
 # %% ../../nbs/infer/serve.ipynb #cell-13
@@ -64,9 +101,19 @@ def draft_tensors(
     "Every weight of an EAGLE-3 draft for this target."
     d = decoder(config)
     h, q, kv, at = d.hidden, d.heads*d.head_dim, d.kv_heads*d.head_dim, "midlayer."
-    out = {"fc.weight": (h, taps*h), "norm.weight": (h,), f"{at}self_attn.q_proj.weight": (q, 2*h), f"{at}self_attn.k_proj.weight": (kv, 2*h), f"{at}self_attn.v_proj.weight": (kv, 2*h),
-           f"{at}self_attn.o_proj.weight": (h, q), f"{at}mlp.down_proj.weight": (h, d.intermediate)}
-    out |= {f"{at}mlp.{n}_proj.weight": (d.intermediate, h) for n in ("gate", "up")} | {f"{at}{n}.weight": (h,) for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm")}
+    out = {
+        "fc.weight": (h, taps * h),
+        "norm.weight": (h,),
+        f"{at}self_attn.q_proj.weight": (q, 2 * h),
+        f"{at}self_attn.k_proj.weight": (kv, 2 * h),
+        f"{at}self_attn.v_proj.weight": (kv, 2 * h),
+        f"{at}self_attn.o_proj.weight": (h, q),
+        f"{at}mlp.down_proj.weight": (h, d.intermediate),
+    }
+    out |= {f"{at}mlp.{n}_proj.weight": (d.intermediate, h) for n in ("gate", "up")} | {
+        f"{at}{n}.weight": (h,)
+        for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    }
     return out | ({"lm_head.weight": (vocab, h)} if vocab else {})
 
 def draft_bytes(
@@ -75,11 +122,30 @@ def draft_bytes(
 ) -> tuple:                                     # bytes of the weights in 16 bits, and of its cache per token
     "What a draft takes on the card."
     d = decoder(config)
-    return 2*sum(math.prod(s) for s in draft_tensors(config, vocab, taps).values()), 2*d.kv_heads*d.head_dim*KV_BYTES[kv]
+    return (
+        2 * sum(math.prod(s) for s in draft_tensors(config, vocab, taps).values()),
+        2 * d.kv_heads * d.head_dim * KV_BYTES[kv],
+    )
 
 # %% ../../nbs/infer/serve.ipynb #cell-18
-KNOWN = {"Qwen2.5-32B": QWEN25_32B, "Baichuan-M2-32B": QWEN25_32B | dict(max_position_embeddings=131_072)} # the paper's model: a Qwen2.5-32B
-FIELDS = dict(model=None, config=None, weights=None, kv="BF16", draft=None, draft_vocab=32_000, depth=3, context=None, card="RTX 4090", utilization=.9, overhead=OVERHEAD/2**30, requests=1)
+KNOWN = {
+    "Qwen2.5-32B": QWEN25_32B,
+    "Baichuan-M2-32B": QWEN25_32B | dict(max_position_embeddings=131_072),
+}  # the paper's model: a Qwen2.5-32B
+FIELDS = dict(
+    model=None,
+    config=None,
+    weights=None,
+    kv="BF16",
+    draft=None,
+    draft_vocab=32_000,
+    depth=3,
+    context=None,
+    card="RTX 4090",
+    utilization=0.9,
+    overhead=OVERHEAD / 2**30,
+    requests=1,
+)
 KV_NAMES = {"BF16": "BF16", "FP16": "FP16", "FP8": "FP8", "KV8": "FP8", "FP8_E4M3": "FP8"}
 
 # %% ../../nbs/infer/serve.ipynb #cell-19
@@ -87,15 +153,28 @@ def read_serve(
     path,          # a folder, a config.json, or a .toml, .yaml, .yml or .json with the fields above
 ) -> dict:         # one value for each of `FIELDS`
     "The question in a file; a `UserError` names a field that is unknown or of the wrong kind."
-    if isinstance(path, dict): asked = dict(path)
+    if isinstance(path, dict):
+        asked = dict(path)
     else:
         path = Path(path).expanduser()
-        if path.is_dir(): path = path/"config.json"
-        if not path.exists(): raise UserError(f"no config at {path}; give a checkpoint's folder, its config.json, or a .toml with a line like: model = \"Qwen2.5-32B\"")
+        if path.is_dir():
+            path = path / "config.json"
+        if not path.exists():
+            raise UserError(
+                f"no config at {path}; give a checkpoint's folder, its config.json, or a .toml with"
+                " a line like: model = \"Qwen2.5-32B\""
+            )
         asked = _parse(path)
-    if "model_type" in asked: asked = dict(model=str(path.parent) if not isinstance(path, dict) else "MODEL", config=asked)
+    if "model_type" in asked:
+        asked = dict(
+            model=str(path.parent) if not isinstance(path, dict) else "MODEL", config=asked
+        )
     for k in asked: choose(k, FIELDS, "field of a serve config")
-    if not isinstance(asked.get("model"), str): raise UserError(f"{path if not isinstance(path, dict) else 'the serve config'}: model is missing; name the checkpoint, e.g. model = \"Qwen2.5-32B\"")
+    if not isinstance(asked.get("model"), str):
+        raise UserError(
+            f"{path if not isinstance(path, dict) else 'the serve config'}: model is missing; name"
+            " the checkpoint, e.g. model = \"Qwen2.5-32B\""
+        )
     return _check_fields(FIELDS | asked)
 
 def _parse(path: Path) -> dict:
@@ -103,9 +182,15 @@ def _parse(path: Path) -> dict:
     import tomllib, yaml
     read = dict(toml=tomllib.loads, json=json.loads, yaml=yaml.safe_load, yml=yaml.safe_load)
     kind = choose(path.suffix[1:].lower(), read, "kind of config file (by its ending)")
-    try: found = read[kind](path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as e: raise UserError(f"{path}: not {kind.upper()} ({' '.join(str(e).split())[:100]})") from None
-    if not isinstance(found, dict): raise UserError(f"{path}: holds a {type(found).__name__}; it must hold fields, e.g. model = \"Qwen2.5-32B\"")
+    try:
+        found = read[kind](path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as e:
+        raise UserError(f"{path}: not {kind.upper()} ({' '.join(str(e).split())[:100]})") from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path}: holds a {type(found).__name__}; it must hold fields, e.g. model ="
+            " \"Qwen2.5-32B\""
+        )
     return found
 
 # %% ../../nbs/infer/serve.ipynb #cell-21
@@ -113,11 +198,14 @@ def _check_fields(a: dict) -> dict:
     "`a`, when every field can be used."
     whole = dict(depth=1, requests=1, draft_vocab=0) | (dict(context=1) if a["context"] is not None else {})
     for k, least in whole.items():
-        if not isinstance(a[k], int) or isinstance(a[k], bool) or a[k] < least: raise UserError(f"{k} is {a[k]!r}; it must be a whole number, {least} or above")
+        if not isinstance(a[k], int) or isinstance(a[k], bool) or a[k] < least:
+            raise UserError(f"{k} is {a[k]!r}; it must be a whole number, {least} or above")
     for k, most in dict(utilization=1, overhead=1e6).items():
-        if not isinstance(a[k], (int, float)) or isinstance(a[k], bool) or not 0 <= a[k] <= most: raise UserError(f"{k} is {a[k]!r}; it must be a number from 0 to {most:g}")
+        if not isinstance(a[k], (int, float)) or isinstance(a[k], bool) or not 0 <= a[k] <= most:
+            raise UserError(f"{k} is {a[k]!r}; it must be a number from 0 to {most:g}")
     for k in ("weights", "draft"):
-        if a[k] is not None and not isinstance(a[k], str): raise UserError(f"{k} is {a[k]!r}; it must be a name")
+        if a[k] is not None and not isinstance(a[k], str):
+            raise UserError(f"{k} is {a[k]!r}; it must be a name")
     if a["weights"] is not None: choose(a["weights"], LAYOUTS, "weight layout")
     a["kv"] = KV_NAMES[choose(str(a["kv"]).upper(), KV_NAMES, "cache dtype that an engine serves")]
     return a | dict(card=card_named(a["card"]))
@@ -136,15 +224,54 @@ def model_config(
     hit = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
     if isinstance(hit, str): return _as_dict(hit)
     if near := next((k for k in KNOWN if k in model), None): return KNOWN[near]
-    raise UserError(f"no config.json of {model} on this machine; fetch it (hf download {model} config.json), or add a line: config = \"PATH\"")
+    raise UserError(
+        f"no config.json of {model} on this machine; fetch it (hf download {model} config.json), or"
+        " add a line: config = \"PATH\""
+    )
 
 # %% ../../nbs/infer/serve.ipynb #cell-24
 ENGINES = dict(
-    vllm=dict(version="0.32.0", module="vllm.engine.arg_utils", kind="EngineArgs", source="fields of vllm.engine.arg_utils.EngineArgs and vllm.config.speculative.SpeculativeConfig in the wheel vllm 0.32.0",
-        flags=("max-model-len", "gpu-memory-utilization", "kv-cache-dtype", "max-num-seqs", "speculative-config", "seed", "quantization", "dtype")),
-    sglang=dict(version="0.5.23", module="sglang.srt.server_args", kind="ServerArgs", source="fields in sglang.srt.arg_groups.fields in the wheel sglang 0.5.23",
-        flags=("model-path", "context-length", "mem-fraction-static", "kv-cache-dtype", "max-running-requests", "speculative-algorithm", "speculative-draft-model-path", "speculative-num-steps",
-               "speculative-eagle-topk", "speculative-num-draft-tokens", "quantization", "dtype", "port")))
+    vllm=dict(
+        version="0.32.0",
+        module="vllm.engine.arg_utils",
+        kind="EngineArgs",
+        source=(
+            "fields of vllm.engine.arg_utils.EngineArgs and"
+            " vllm.config.speculative.SpeculativeConfig in the wheel vllm 0.32.0"
+        ),
+        flags=(
+            "max-model-len",
+            "gpu-memory-utilization",
+            "kv-cache-dtype",
+            "max-num-seqs",
+            "speculative-config",
+            "seed",
+            "quantization",
+            "dtype",
+        ),
+    ),
+    sglang=dict(
+        version="0.5.23",
+        module="sglang.srt.server_args",
+        kind="ServerArgs",
+        source="fields in sglang.srt.arg_groups.fields in the wheel sglang 0.5.23",
+        flags=(
+            "model-path",
+            "context-length",
+            "mem-fraction-static",
+            "kv-cache-dtype",
+            "max-running-requests",
+            "speculative-algorithm",
+            "speculative-draft-model-path",
+            "speculative-num-steps",
+            "speculative-eagle-topk",
+            "speculative-num-draft-tokens",
+            "quantization",
+            "dtype",
+            "port",
+        ),
+    ),
+)
 
 def engine_flags(
     engine: str,   # "vllm" or "sglang"
@@ -154,8 +281,16 @@ def engine_flags(
     e = ENGINES[choose(engine, ENGINES, "engine")]
     listed = set(e["flags"]), f"{engine} is not installed here; checked against {e['source']}"
     if importlib.util.find_spec(engine) is None: return listed
-    try: names = _own_flags(getattr(importlib.import_module(e["module"]), e["kind"]))
-    except Exception as x: return listed[0], f"{engine} is installed but does not load here ({type(x).__name__}); checked against {e['source']}"
+    try:
+        names = _own_flags(getattr(importlib.import_module(e["module"]), e["kind"]))
+    except Exception as x:
+        return (
+            listed[0],
+            (
+                f"{engine} is installed but does not load here ({type(x).__name__}); checked"
+                f" against {e['source']}"
+            ),
+        )
     try: version = md.version(engine)
     except md.PackageNotFoundError: version = "of an unknown version"
     return names, f"checked against the installed {engine} {version}"
@@ -174,19 +309,56 @@ def vllm_command(
     model: str, length: int, a: dict, # the longest input + output in tokens, and the serve config
 ) -> str:
     "What to type for vLLM."
-    words = ["vllm", "serve", model, "--max-model-len", length, "--gpu-memory-utilization", a["utilization"], "--max-num-seqs", a["requests"]]
+    words = [
+        "vllm",
+        "serve",
+        model,
+        "--max-model-len",
+        length,
+        "--gpu-memory-utilization",
+        a["utilization"],
+        "--max-num-seqs",
+        a["requests"],
+    ]
     if a["kv"] == "FP8": words += ["--kv-cache-dtype", "fp8_e4m3"]
-    if a["draft"]: words += ["--speculative-config", json.dumps(dict(method="eagle3", model=a["draft"], num_speculative_tokens=a["depth"]))]
+    if a["draft"]:
+        words += [
+            "--speculative-config",
+            json.dumps(dict(method="eagle3", model=a["draft"], num_speculative_tokens=a["depth"])),
+        ]
     return _quote(words)
 
 def sglang_command(
     model: str, length: int, a: dict, # as above
 ) -> str:
     "What to type for SGLang."
-    words = ["python", "-m", "sglang.launch_server", "--model-path", model, "--context-length", length, "--mem-fraction-static", a["utilization"], "--max-running-requests", a["requests"]]
+    words = [
+        "python",
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        model,
+        "--context-length",
+        length,
+        "--mem-fraction-static",
+        a["utilization"],
+        "--max-running-requests",
+        a["requests"],
+    ]
     if a["kv"] == "FP8": words += ["--kv-cache-dtype", "fp8_e4m3"]
-    if a["draft"]: words += ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", a["draft"], "--speculative-num-steps", a["depth"], "--speculative-eagle-topk", 1,
-                             "--speculative-num-draft-tokens", a["depth"] + 1]
+    if a["draft"]:
+        words += [
+            "--speculative-algorithm",
+            "EAGLE3",
+            "--speculative-draft-model-path",
+            a["draft"],
+            "--speculative-num-steps",
+            a["depth"],
+            "--speculative-eagle-topk",
+            1,
+            "--speculative-num-draft-tokens",
+            a["depth"] + 1,
+        ]
     return _quote(words)
 
 COMMANDS = dict(vllm=vllm_command, sglang=sglang_command)
@@ -236,19 +408,35 @@ def chosen_layout(
 ) -> tuple:          # a `Layout`, and notes
     "The layout to count with."
     stored = stored_layout(config)
-    if stored is None: return LAYOUTS[wanted or "BF16"], [f"the config names no quantization: {wanted} must be made first (chapter Quantize), and the quantized folder served"]*(wanted not in (None, "BF16"))
+    if stored is None:
+        return LAYOUTS[wanted or "BF16"], [
+            f"the config names no quantization: {wanted} must be made first (chapter Quantize), and"
+            " the quantized folder served"
+        ] * (wanted not in (None, "BF16"))
     q = config["quantization_config"]["quant_method"]
-    note = [f"as the checkpoint says: {q}, {stored.bits} bits" + (f" in groups of {stored.group}" if stored.group else "")]
+    note = [
+        f"as the checkpoint says: {q}, {stored.bits} bits"
+        + (f" in groups of {stored.group}" if stored.group else "")
+    ]
     if wanted is None or LAYOUTS[wanted].bits == stored.bits: return stored, note
-    raise UserError(f"the checkpoint is already quantized ({q}, {stored.bits} bits) and weights asks for {wanted}; leave weights out, or start from the 16-bit checkpoint")
+    raise UserError(
+        f"the checkpoint is already quantized ({q}, {stored.bits} bits) and weights asks for"
+        f" {wanted}; leave weights out, or start from the 16-bit checkpoint"
+    )
 
 def ways_out(
     config: dict, a: dict, # what config.json holds, and the serve config
 ) -> list[str]:
     "What else would hold the context asked for, or anything at all."
-    need, engine = (a["context"] or 2048)*a["requests"], dict(overhead=a["overhead"]*2**30, utilization=a["utilization"])
+    need, engine = (a["context"] or 2048) * a["requests"], dict(
+        overhead=a["overhead"] * 2**30, utilization=a["utilization"]
+    )
     w = stored_layout(config) or LAYOUTS[a["weights"] or "BF16"]
-    tries = {f"weights = \"{n}\" on this card": (a["card"], l, "FP8") for n, l in LAYOUTS.items() if stored_layout(config) is None} | {"a cache in FP8": (a["card"], w, "FP8")}
+    tries = {
+        f"weights = \"{n}\" on this card": (a["card"], l, "FP8")
+        for n, l in LAYOUTS.items()
+        if stored_layout(config) is None
+    } | {"a cache in FP8": (a["card"], w, "FP8")}
     from m2kit.lm.memory import CARDS
     tries |= {f"card {c}": (c, w, a["kv"]) for c in sorted(CARDS, key=CARDS.get)}
     size, each = draft_bytes(config, a["draft_vocab"], kv=a["kv"]) if a["draft"] else (0, 0)
@@ -266,13 +454,42 @@ def serve_plan(
     a = _check_fields(a | changes | (dict(card=card) if card is not None else {}))
     c = model_config(a["model"], a["config"])
     check_counted(c)
-    layout, notes = chosen_layout(c, a["weights"]) if c not in KNOWN.values() else (LAYOUTS[a["weights"] or "BF16"], [f"counted with the sizes this kit has on file and {a['weights'] or 'BF16'} weights, as asked; no config.json of {a['model']} was read"])
+    layout, notes = (
+        chosen_layout(c, a["weights"])
+        if c not in KNOWN.values()
+        else (
+            LAYOUTS[a["weights"] or "BF16"],
+            [
+                f"counted with the sizes this kit has on file and {a['weights'] or 'BF16'} weights,"
+                f" as asked; no config.json of {a['model']} was read"
+            ],
+        )
+    )
     b = budget(c, a["card"], layout, a["kv"], a["overhead"]*2**30, a["utilization"])
-    if c.get("use_sliding_window"): notes.append("use_sliding_window is set: the cache may be smaller than counted")
-    if a["weights"] == "W4A8": notes.append("the paper's W4A8 (QQQ) is in neither engine's list of formats at these versions; a compressed-tensors W4A8 checkpoint takes about as much")
-    plan = ServePlan(a, b, _draft_part(c, a), None if c.get("rope_scaling") else c.get("max_position_embeddings"), notes=notes)
-    if plan.each: plan.commands = {e: f(a["model"], min(plan.each, a["context"] or plan.each), a) for e, f in COMMANDS.items()}
-    if not plan.fits: plan.notes.append("it would fit with: " + ("; or ".join(ways_out(c, a)) or "nothing in the list of cards; use several cards"))
+    if c.get("use_sliding_window"):
+        notes.append("use_sliding_window is set: the cache may be smaller than counted")
+    if a["weights"] == "W4A8":
+        notes.append(
+            "the paper's W4A8 (QQQ) is in neither engine's list of formats at these versions; a"
+            " compressed-tensors W4A8 checkpoint takes about as much"
+        )
+    plan = ServePlan(
+        a,
+        b,
+        _draft_part(c, a),
+        None if c.get("rope_scaling") else c.get("max_position_embeddings"),
+        notes=notes,
+    )
+    if plan.each:
+        plan.commands = {
+            e: f(a["model"], min(plan.each, a["context"] or plan.each), a)
+            for e, f in COMMANDS.items()
+        }
+    if not plan.fits:
+        plan.notes.append(
+            "it would fit with: "
+            + ("; or ".join(ways_out(c, a)) or "nothing in the list of cards; use several cards")
+        )
     plan.notes += flag_notes(plan.commands)
     return plan
 
@@ -281,7 +498,11 @@ def _draft_part(config: dict, a: dict) -> tuple:
     if not a["draft"]: return 0, 0
     own = Path(a["draft"]).expanduser()/"config.json"
     d = json.loads(own.read_text()) if own.exists() else {}
-    if d and d.get("hidden_size") != config["hidden_size"]: raise UserError(f"{own}: hidden_size is {d.get('hidden_size')} and the model's {config['hidden_size']}; this draft belongs to another model")
+    if d and d.get("hidden_size") != config["hidden_size"]:
+        raise UserError(
+            f"{own}: hidden_size is {d.get('hidden_size')} and the model's {config['hidden_size']};"
+            " this draft belongs to another model"
+        )
     return draft_bytes(config, d.get("draft_vocab_size") or a["draft_vocab"], kv=a["kv"])
 
 # %% ../../nbs/infer/serve.ipynb #cell-36
@@ -290,13 +511,36 @@ def describe_plan(
 ) -> str:            # a few lines for a terminal
     "The answer in words."
     a, b, g = plan.asked, plan.budget, 2**30
-    lines = [f"{a['model']} on {a['card']} ({b.card/g:.1f} GiB)",
-             f"  engine's share {b.reserve/g:.2f} + overhead {b.overhead/g:.2f} (fitted on table 2) + weights {sum(b.weights.values())/g:.2f}" + (f" + draft {plan.draft[0]/g:.2f}" if plan.draft[0] else "") + " GiB",
-             f"  cache: {max(0., (b.pool - plan.draft[0])/g):.2f} GiB, {(b.per_token + plan.draft[1])/1024:.0f} KiB a token ({a['kv']})"]
-    if plan.tokens: lines.append(f"  holds {plan.tokens:,} tokens: " + (f"{plan.each:,} a request" if a["requests"] == 1 else f"{a['requests']} requests of {plan.each:,}") + f", input + output{f' (trained for {plan.trained:,})' if plan.trained else ''}")
+    lines = [
+        f"{a['model']} on {a['card']} ({b.card/g:.1f} GiB)",
+        f"  engine's share {b.reserve/g:.2f} + overhead {b.overhead/g:.2f} (fitted on table 2) +"
+        f" weights {sum(b.weights.values())/g:.2f}"
+        + (f" + draft {plan.draft[0]/g:.2f}" if plan.draft[0] else "")
+        + " GiB",
+        (
+            f"  cache: {max(0., (b.pool - plan.draft[0])/g):.2f} GiB,"
+            f" {(b.per_token + plan.draft[1])/1024:.0f} KiB a token ({a['kv']})"
+        ),
+    ]
+    if plan.tokens:
+        lines.append(
+            f"  holds {plan.tokens:,} tokens: "
+            + (
+                f"{plan.each:,} a request"
+                if a["requests"] == 1
+                else f"{a['requests']} requests of {plan.each:,}"
+            )
+            + f", input + output{f' (trained for {plan.trained:,})' if plan.trained else ''}"
+        )
     asked = f" {a['context']:,} tokens were asked for." if a["context"] else ""
     lines.append(("FITS." if plan.fits else "DOES NOT FIT.") + asked)
-    return "\n".join([*lines, *(f"\n{e}:\n  {c}" for e, c in plan.commands.items()), *(f"- {n}" for n in plan.notes)])
+    return "\n".join(
+        [
+            *lines,
+            *(f"\n{e}:\n  {c}" for e, c in plan.commands.items()),
+            *(f"- {n}" for n in plan.notes),
+        ]
+    )
 
 def serve_doctor(
     config,        # the path given to --serve

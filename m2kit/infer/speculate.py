@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding)
 from ..core.errors import UserError
 from ..core.stats import contrast_interval, ratio_interval
 
@@ -41,7 +42,10 @@ def accept(
         if draw()*q[token] < p[token]: return token, True
         rest = np.maximum(p - q, 0)
         total = rest.sum()
-        if total > 0: p = rest/total     # 0 only by rounding: p equals q, and a refusal is a rounding error itself
+        if total > 0:
+            p = (
+                rest / total
+            )  # 0 only by rounding: p equals q, and a refusal is a rounding error itself
     return pick(p, draw()), False
 
 # %% ../../nbs/infer/speculate.ipynb #cell-13
@@ -78,7 +82,13 @@ class Tree:
 
     def add(self, parent: int, token: int, q: np.ndarray, score: float) -> int: # the new node
         "Hang a guess below `parent`."
-        for values, v in ((self.tokens, token), (self.parent, parent), (self.qs, q), (self.score, score)): values.append(v)
+        for values, v in (
+            (self.tokens, token),
+            (self.parent, parent),
+            (self.qs, q),
+            (self.score, score),
+        ):
+            values.append(v)
         return len(self.tokens) - 1
 
     def path(self, node: int) -> list: # from just below the root to `node`
@@ -100,7 +110,7 @@ class Tree:
 class Round:
     "What one pass of the target brought."
     accepted: int    # guesses taken over
-    tested: int      # places at which guesses were judged: accepted, and one more where all guesses were refused
+    tested: int  # places at which guesses were judged: accepted, and one more where all guesses were refused
     tokens: int      # new tokens of the text: the accepted ones, and the target's own unless the turn ended
     nodes: int       # guesses that the target read
 
@@ -128,8 +138,14 @@ class Midlayer(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
         self.self_attn, self.mlp = LlamaAttention(c, layer_idx=0), LlamaMLP(c)
-        for n in ("q_proj", "k_proj", "v_proj"): setattr(self.self_attn, n, nn.Linear(2*c.hidden_size, getattr(self.self_attn, n).out_features, bias=False))
-        for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm"): setattr(self, n, LlamaRMSNorm(c.hidden_size, c.rms_norm_eps))
+        for n in ("q_proj", "k_proj", "v_proj"):
+            setattr(
+                self.self_attn,
+                n,
+                nn.Linear(2 * c.hidden_size, getattr(self.self_attn, n).out_features, bias=False),
+            )
+        for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
+            setattr(self, n, LlamaRMSNorm(c.hidden_size, c.rms_norm_eps))
 
     def forward(self, embeds, x, turn, mask, cache):
         "Embeddings and features (1, T, hidden) to features."
@@ -150,11 +166,31 @@ def draft_config(
 ) -> LlamaConfig:
     "The sizes of a draft for this target."
     c = config
-    eagle = dict(eagle_aux_hidden_state_layer_ids=list(taps or default_taps(c.num_hidden_layers)), use_aux_hidden_state=True)
-    return LlamaConfig(vocab_size=c.vocab_size, draft_vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=1,
-        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, head_dim=getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads,
-        rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings, rope_parameters=c.rope_parameters, initializer_range=.02, tie_word_embeddings=False,
-        attention_bias=False, architectures=["LlamaForCausalLMEagle3"], eagle_config=eagle, pad_token_id=c.pad_token_id, eos_token_id=c.eos_token_id, bos_token_id=c.bos_token_id)
+    eagle = dict(
+        eagle_aux_hidden_state_layer_ids=list(taps or default_taps(c.num_hidden_layers)),
+        use_aux_hidden_state=True,
+    )
+    return LlamaConfig(
+        vocab_size=c.vocab_size,
+        draft_vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        rms_norm_eps=c.rms_norm_eps,
+        max_position_embeddings=c.max_position_embeddings,
+        rope_parameters=c.rope_parameters,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        architectures=["LlamaForCausalLMEagle3"],
+        eagle_config=eagle,
+        pad_token_id=c.pad_token_id,
+        eos_token_id=c.eos_token_id,
+        bos_token_id=c.bos_token_id,
+    )
 
 # %% ../../nbs/infer/speculate.ipynb #cell-28
 class Draft(nn.Module):
@@ -166,7 +202,11 @@ class Draft(nn.Module):
         h = config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.fc, self.midlayer, self.norm = nn.Linear(len(self.taps)*h, h, bias=False), Midlayer(config), LlamaRMSNorm(h, config.rms_norm_eps)
+            self.fc, self.midlayer, self.norm = (
+                nn.Linear(len(self.taps) * h, h, bias=False),
+                Midlayer(config),
+                LlamaRMSNorm(h, config.rms_norm_eps),
+            )
         self.rotary = LlamaRotaryEmbedding(config)
 
     def forward(self, x, embeds, positions, mask, cache):
@@ -184,8 +224,13 @@ def save_draft(
     "Write config.json and model.safetensors as vLLM and SGLang read them."
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in draft.state_dict().items() if not k.startswith("rotary.")}
-    if target is not None: state["lm_head.weight"] = target.get_output_embeddings().weight.detach().cpu().clone()
+    state = {
+        k: v.detach().cpu().contiguous()
+        for k, v in draft.state_dict().items()
+        if not k.startswith("rotary.")
+    }
+    if target is not None:
+        state["lm_head.weight"] = target.get_output_embeddings().weight.detach().cpu().clone()
     save_file(state, path/"model.safetensors", metadata=dict(format="pt"))
     draft.config.save_pretrained(path)
     return path
@@ -197,14 +242,26 @@ def load_draft(
     "The draft in that folder, in float32 unless there is a target, whose dtype and device it takes."
     path = Path(path)
     for f in DRAFT_FILES:
-        if not (path/f).exists(): raise UserError(f"{path} holds no draft: {f} is missing; give a folder that save_draft wrote")
+        if not (path / f).exists():
+            raise UserError(
+                f"{path} holds no draft: {f} is missing; give a folder that save_draft wrote"
+            )
     config = LlamaConfig.from_pretrained(path)
-    if not (getattr(config, "eagle_config", None) or {}).get("eagle_aux_hidden_state_layer_ids"): raise UserError(f"{path/'config.json'} names no eagle_aux_hidden_state_layer_ids; only EAGLE-3 drafts with them are read here")
+    if not (getattr(config, "eagle_config", None) or {}).get("eagle_aux_hidden_state_layer_ids"):
+        raise UserError(
+            f"{path/'config.json'} names no eagle_aux_hidden_state_layer_ids; only EAGLE-3 drafts"
+            " with them are read here"
+        )
     draft = Draft(config)
     state = {k: v for k, v in load_file(path/"model.safetensors").items() if k != "lm_head.weight"}
     lost = draft.load_state_dict(state, strict=False)
-    if bad := [*lost.missing_keys, *lost.unexpected_keys]: raise UserError(f"{path}: {len(bad)} weights do not fit an EAGLE-3 draft, e.g. {bad[0]}")
-    return draft.eval() if target is None else check_pair(target, draft).to(target.device, target.dtype).eval()
+    if bad := [*lost.missing_keys, *lost.unexpected_keys]:
+        raise UserError(f"{path}: {len(bad)} weights do not fit an EAGLE-3 draft, e.g. {bad[0]}")
+    return (
+        draft.eval()
+        if target is None
+        else check_pair(target, draft).to(target.device, target.dtype).eval()
+    )
 
 # %% ../../nbs/infer/speculate.ipynb #cell-32
 def check_pair(
@@ -213,11 +270,27 @@ def check_pair(
 ) -> Draft:        # the same draft
     "A `UserError` when the draft cannot work for this target."
     c, d = target.config, draft.config
-    if not hasattr(getattr(target, "model", None), "layers"): raise UserError(f"{type(target).__name__} keeps its layers elsewhere than in .model.layers; this works for Llama, Qwen2, Qwen3, Mistral and the like")
-    if any(t != "full_attention" for t in getattr(c, "layer_types", None) or []): raise UserError("the target has layers with a sliding window; speculation here needs full attention in every layer")
+    if not hasattr(getattr(target, "model", None), "layers"):
+        raise UserError(
+            f"{type(target).__name__} keeps its layers elsewhere than in .model.layers; this works"
+            " for Llama, Qwen2, Qwen3, Mistral and the like"
+        )
+    if any(t != "full_attention" for t in getattr(c, "layer_types", None) or []):
+        raise UserError(
+            "the target has layers with a sliding window; speculation here needs full attention in"
+            " every layer"
+        )
     for name in ("hidden_size", "vocab_size"):
-        if getattr(c, name) != getattr(d, name): raise UserError(f"the draft's {name} is {getattr(d, name)} and the target's {getattr(c, name)}; a draft belongs to the target it was trained on")
-    if max(draft.taps) > c.num_hidden_layers: raise UserError(f"the draft reads layer {max(draft.taps)} of a target with {c.num_hidden_layers}; a draft belongs to the target it was trained on")
+        if getattr(c, name) != getattr(d, name):
+            raise UserError(
+                f"the draft's {name} is {getattr(d, name)} and the target's {getattr(c, name)}; a"
+                " draft belongs to the target it was trained on"
+            )
+    if max(draft.taps) > c.num_hidden_layers:
+        raise UserError(
+            f"the draft reads layer {max(draft.taps)} of a target with {c.num_hidden_layers}; a"
+            " draft belongs to the target it was trained on"
+        )
     return draft
 
 # %% ../../nbs/infer/speculate.ipynb #cell-36
@@ -226,7 +299,9 @@ class Taps:
     def __init__(self, target, places): self.target, self.places, self.seen = target, places, {}
 
     def __enter__(self):
-        at = {0: self.target.get_input_embeddings()} | {i + 1: l for i, l in enumerate(self.target.model.layers)}
+        at = {0: self.target.get_input_embeddings()} | {
+            i + 1: l for i, l in enumerate(self.target.model.layers)
+        }
         def keep(i):
             "A hook that keeps what layer i puts out."
             return lambda m, args, out: self.seen.__setitem__(i, out if torch.is_tensor(out) else out[0])
@@ -246,7 +321,9 @@ def additive(
     like: torch.Tensor,  # dtype and device of the result
 ) -> torch.Tensor:       # (1, 1, T, S), 0 where a query sees a key
     "An attention mask in the form that transformers passes on untouched."
-    return torch.zeros(sees.shape, dtype=like.dtype, device=like.device).masked_fill_(~sees.to(like.device), torch.finfo(like.dtype).min)[None, None]
+    return torch.zeros(sees.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        ~sees.to(like.device), torch.finfo(like.dtype).min
+    )[None, None]
 
 def keep_columns(
     cache: DynamicCache, # changed in place
@@ -269,7 +346,10 @@ class Shape:
     beam: int = 1     # paths continued at each depth
     def __post_init__(self):
         for k in ("depth", "branch", "beam"):
-            if getattr(self, k) < (k != "depth"): raise UserError(f"Shape: {k} is {getattr(self, k)}; it must be at least {int(k != 'depth')}")
+            if getattr(self, k) < (k != "depth"):
+                raise UserError(
+                    f"Shape: {k} is {getattr(self, k)}; it must be at least {int(k != 'depth')}"
+                )
 
 @dataclass
 class Decoded:
@@ -293,13 +373,27 @@ class Speculator:
     def __init__(self, target, draft: Draft, shape: Shape = Shape(), temperature: float = 1., seed: int = 0, end=None, rule=accept):
         check_pair(target, draft)
         if temperature < 0: raise UserError(f"temperature is {temperature}; it is 0 (greedy) or above")
-        self.target, self.draft, self.shape, self.temperature, self.end, self.rule = target, draft, shape, temperature, end, rule
+        self.target, self.draft, self.shape, self.temperature, self.end, self.rule = (
+            target,
+            draft,
+            shape,
+            temperature,
+            end,
+            rule,
+        )
         self.draw, self.taps = random.Random(seed).random, Taps(target, draft.taps)
 
     def read(self, tokens, positions=None, mask=None, last=False):
         "Let the target read on: logits (T, V); the features wait in `taps`."
         ids = torch.tensor([tokens], device=self.target.device)
-        out = self.target(ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=int(last))
+        out = self.target(
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=int(last),
+        )
         return out.logits[0]
 
     def start(self, ids):
@@ -351,7 +445,12 @@ def grow(self: Speculator,
         output |= {0: h[0]} if d == 0 else {}
         fed += nodes
         sees = torch.tensor([[True]*n + [f in tree.path(i) for f in fed] for i in nodes])
-        h = self.slot(torch.stack([output[tree.parent[i]] for i in nodes])[None], [tree.tokens[i] for i in nodes], [n + d]*len(nodes), sees)[0]
+        h = self.slot(
+            torch.stack([output[tree.parent[i]] for i in nodes])[None],
+            [tree.tokens[i] for i in nodes],
+            [n + d] * len(nodes),
+            sees,
+        )[0]
         output |= dict(zip(nodes, h))
     keep_columns(self.slots, n)
     return tree
@@ -363,9 +462,15 @@ def verify(self: Speculator,
 ) -> np.ndarray:     # (N, V), what the target would sample from after each node
     "One pass of the target over the tree."
     n, sees = len(self.ids) - 1, tree.sees()
-    place = torch.tensor([[n + len(tree.path(i)) for i in range(len(tree.tokens))]], device=self.target.device)
+    place = torch.tensor(
+        [[n + len(tree.path(i)) for i in range(len(tree.tokens))]], device=self.target.device
+    )
     chain = self.shape.branch == 1
-    mask = None if chain else additive(torch.cat([torch.ones(len(sees), n, dtype=torch.bool), sees], 1), self.fresh)
+    mask = (
+        None
+        if chain
+        else additive(torch.cat([torch.ones(len(sees), n, dtype=torch.bool), sees], 1), self.fresh)
+    )
     return distribution(self.read(tree.tokens, place, mask), self.temperature)
 
 @patch
@@ -389,13 +494,21 @@ def __call__(self: Speculator,
     max_new: int,    # longest answer, in tokens
 ) -> Decoded:
     "Decode until the end of the turn."
-    if not len(ids) or max_new < 1: raise UserError(f"nothing to do: a prompt of {len(ids)} tokens and max_new {max_new}; both must be at least 1")
+    if not len(ids) or max_new < 1:
+        raise UserError(
+            f"nothing to do: a prompt of {len(ids)} tokens and max_new {max_new}; both must be at"
+            " least 1"
+        )
     limit = self.target.config.max_position_embeddings
-    if len(ids) + max_new > limit: raise UserError(f"{len(ids)} + {max_new} tokens are more than the target's {limit}; ask for fewer")
+    if len(ids) + max_new > limit:
+        raise UserError(
+            f"{len(ids)} + {max_new} tokens are more than the target's {limit}; ask for fewer"
+        )
     rounds, stop = [], len(ids) + max_new
     with self.taps:
         self.start(ids)
-        while len(self.ids) < stop and self.ids[-1] != self.end: rounds.append(self.round(stop - len(self.ids)))
+        while len(self.ids) < stop and self.ids[-1] != self.end:
+            rounds.append(self.round(stop - len(self.ids)))
     return Decoded(self.ids[len(ids):], rounds, self.ids[-1] == self.end)
 
 @torch.no_grad()
@@ -409,7 +522,12 @@ def decode(
     "The target alone, one token a pass."
     draw, cache, out, new = random.Random(seed).random, DynamicCache(), [], list(ids)
     while len(out) < max_new and (not out or out[-1] != end):
-        logits = target(torch.tensor([new], device=target.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = target(
+            torch.tensor([new], device=target.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[0, -1]
         new = [pick(distribution(logits, temperature), draw())]
         out += new
     return Decoded(out, [], out[-1] == end)
@@ -427,8 +545,17 @@ def continuations(
     found = {(): 1.}
     for _ in range(length):
         keys = list(found)
-        p = distribution(target(torch.tensor([[*ids, *k] for k in keys], device=target.device), logits_to_keep=1).logits[:, -1], temperature)
-        found = {(*k, int(t)): found[k]*row[t] for k, row in zip(keys, p) for t in np.flatnonzero(found[k]*row > least)}
+        p = distribution(
+            target(
+                torch.tensor([[*ids, *k] for k in keys], device=target.device), logits_to_keep=1
+            ).logits[:, -1],
+            temperature,
+        )
+        found = {
+            (*k, int(t)): found[k] * row[t]
+            for k, row in zip(keys, p)
+            for t in np.flatnonzero(found[k] * row > least)
+        }
     return found
 
 # %% ../../nbs/infer/speculate.ipynb #cell-59
@@ -458,5 +585,8 @@ def acceptance(
         return sum(r.accepted > i for r in d.rounds), sum(r.tested > i for r in d.rounds)
     at = np.array([[judged(d, i) for i in range(depth)] for d in decoded], float)      # (dialogues, depth, 2)
     rounds = [(sum(r.tokens for r in d.rounds), len(d.rounds)) for d in decoded]
-    return {"places": tuple(np.array([ratio_interval(at[:, i], seed) for i in range(depth)]).T),
-            "overall": ratio_interval(at.sum(1), seed), "tokens a round": contrast_interval([rounds], [1], seed)}
+    return {
+        "places": tuple(np.array([ratio_interval(at[:, i], seed) for i in range(depth)]).T),
+        "overall": ratio_interval(at.sum(1), seed),
+        "tokens a round": contrast_interval([rounds], [1], seed),
+    }

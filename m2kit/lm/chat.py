@@ -28,19 +28,31 @@ def dialogue(
 # %% ../../nbs/lm/chat.ipynb #cell-10
 def _fault(msg) -> str | None:
     "What is wrong with one message, or None."
-    if not isinstance(msg, dict) or set(msg) != {"role", "content"}: return f"is {str(msg)[:60]!r}; a message is a dict with just 'role' and 'content'"
+    if not isinstance(msg, dict) or set(msg) != {"role", "content"}:
+        return f"is {str(msg)[:60]!r}; a message is a dict with just 'role' and 'content'"
     if msg["role"] not in ROLES: return f"has the role {msg['role']!r}; use one of {', '.join(ROLES)}"
-    if not isinstance(msg["content"], str): return f"has content of type {type(msg['content']).__name__}; content is a str"
+    if not isinstance(msg["content"], str):
+        return f"has content of type {type(msg['content']).__name__}; content is a str"
 
 # %% ../../nbs/lm/chat.ipynb #cell-12
 def check_dialogues(
     dialogues,      # what a caller passed as a batch
 ) -> list[list[dict]]:
     "The dialogues as a list, or a `UserError` that names the first wrong one by its index."
-    if not isinstance(dialogues, (list, tuple)): raise UserError(f"a batch is a list of dialogues, not {type(dialogues).__name__}; pass [dialogue]")
+    if not isinstance(dialogues, (list, tuple)):
+        raise UserError(
+            f"a batch is a list of dialogues, not {type(dialogues).__name__}; pass [dialogue]"
+        )
     for i, d in enumerate(dialogues):
-        if isinstance(d, (dict, str)): raise UserError(f"dialogue {i} is a {type(d).__name__}, not a list of messages; for a single dialogue pass [dialogue]")
-        if not isinstance(d, (list, tuple)): raise UserError(f"dialogue {i} is of type {type(d).__name__}; a dialogue is a list of messages")
+        if isinstance(d, (dict, str)):
+            raise UserError(
+                f"dialogue {i} is a {type(d).__name__}, not a list of messages; for a single"
+                " dialogue pass [dialogue]"
+            )
+        if not isinstance(d, (list, tuple)):
+            raise UserError(
+                f"dialogue {i} is of type {type(d).__name__}; a dialogue is a list of messages"
+            )
         if not d: raise UserError(f"dialogue {i} is empty; give it at least one message")
         for j, m in enumerate(d):
             if (fault := _fault(m)): raise UserError(f"dialogue {i}, message {j} {fault}")
@@ -66,27 +78,40 @@ class Content(str):
         return text
 
 # %% ../../nbs/lm/chat.ipynb #cell-15
-_RULES = dict(temperature=("at least 0", lambda v: v >= 0), top_p=("above 0 and at most 1", lambda v: 0 < v <= 1),
-              max_tokens=("at least 1", lambda v: v >= 1), seed=("at least 0", lambda v: v >= 0))
+_RULES = dict(
+    temperature=("at least 0", lambda v: v >= 0),
+    top_p=("above 0 and at most 1", lambda v: 0 < v <= 1),
+    max_tokens=("at least 1", lambda v: v >= 1),
+    seed=("at least 0", lambda v: v >= 0),
+)
 
 # %% ../../nbs/lm/chat.ipynb #cell-16
 @dataclass(frozen=True)
 class Sampling:
     "How to draw an answer. Temperature 0 is greedy."
     temperature: float = 1.0                                # >= 0; divides the logits
-    top_p: float = 1.0                                      # (0, 1]; the smallest set of tokens with this much probability
+    top_p: float = 1.0  # (0, 1]; the smallest set of tokens with this much probability
     max_tokens: int = 512                                   # longest answer, in tokens
-    stop: tuple = ()                                        # texts that end the answer; they are not part of it
+    stop: tuple = ()  # texts that end the answer; they are not part of it
     seed: int = 0                                           # another seed, another answer
-    schema: dict | None = field(default=None, hash=False)   # JSON schema of the answer, for servers that can constrain to it; others ignore it
+    schema: dict | None = field(
+        default=None, hash=False
+    )  # JSON schema of the answer, for servers that can constrain to it; others ignore it
 
     def __post_init__(self):
         for name, (rule, ok) in _RULES.items():
             value, kind = getattr(self, name), int if name in ("max_tokens", "seed") else (int, float)
-            if not isinstance(value, kind) or isinstance(value, bool) or not ok(value): raise UserError(f"Sampling: {name} is {value!r}; it must be a number {rule}")
-        for name in ("temperature", "top_p"): object.__setattr__(self, name, float(getattr(self, name)))   # 0 and 0.0 are one call
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        if not all(isinstance(s, str) and s for s in self.stop): raise UserError(f"Sampling: stop is {self.stop!r}; give texts of at least one character")
+            if not isinstance(value, kind) or isinstance(value, bool) or not ok(value):
+                raise UserError(f"Sampling: {name} is {value!r}; it must be a number {rule}")
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one call
+        object.__setattr__(
+            self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        )
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise UserError(
+                f"Sampling: stop is {self.stop!r}; give texts of at least one character"
+            )
 
     @property
     def identity(self) -> dict:
@@ -162,7 +187,11 @@ class Completion:
     def __post_init__(self, opened):
         if self.thinking is not None or not self.ok: return
         thinking, answer = part_thinking(self.text, opened)
-        parts = dict(text=answer or "", thinking=thinking, finish=self.finish if answer is not None else "length")
+        parts = dict(
+            text=answer or "",
+            thinking=thinking,
+            finish=self.finish if answer is not None else "length",
+        )
         for name, value in parts.items(): object.__setattr__(self, name, value)
 
     @property
@@ -225,7 +254,10 @@ class FunctionModel:
 
     def _answer(self, messages, sampling):
         text = self.fn(messages)
-        if not isinstance(text, str): raise UserError(f"{self.name}: the function returned {type(text).__name__}; it must return a str")
+        if not isinstance(text, str):
+            raise UserError(
+                f"{self.name}: the function returned {type(text).__name__}; it must return a str"
+            )
         text, _ = cut_at_stop(text, sampling.stop)
         words = text.split()
         n_in = sum(len(m["content"].split()) for m in messages)

@@ -48,7 +48,11 @@ def fork(
 ) -> DynamicCache:
     "A cache whose rows all begin with the first tokens of `cache`."
     at = (torch.arange(n) - torch.tensor(pads)[:, None]).clamp(min=0)
-    cut = lambda x: x[0][:, at.to(x.device)].transpose(0, 1) if any(pads) else x[..., :n, :].expand(len(pads), -1, -1, -1)
+    cut = lambda x: (
+        x[0][:, at.to(x.device)].transpose(0, 1)
+        if any(pads)
+        else x[..., :n, :].expand(len(pads), -1, -1, -1)
+    )
     out = DynamicCache()
     for old in cache.layers:
         new = DynamicLayer()
@@ -66,7 +70,11 @@ class ForkModel(LocalModel):
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
-        if getattr(self.model, "_is_stateful", False): raise UserError(f"{self.label} keeps a running state, not keys and values of every token, so it cannot be forked; use LocalModel")
+        if getattr(self.model, "_is_stateful", False):
+            raise UserError(
+                f"{self.label} keeps a running state, not keys and values of every token, so it"
+                " cannot be forked; use LocalModel"
+            )
 
 # %% ../../nbs/lm/fork.ipynb #cell-20
 @patch
@@ -77,8 +85,14 @@ def _read(self: ForkModel, prefix: list, known: list, cache) -> DynamicCache:
     cache = fork(cache, n, [0]) if n else DynamicCache()
     self.prefilled += len(prefix) - n
     if n == len(prefix): return cache
-    try: self.model.eval().base_model(torch.tensor([prefix[n:]], device=self.model.device), past_key_values=cache, use_cache=True)
-    finally: self.model.train(mode)
+    try:
+        self.model.eval().base_model(
+            torch.tensor([prefix[n:]], device=self.model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    finally:
+        self.model.train(mode)
     return cache
 
 # %% ../../nbs/lm/fork.ipynb #cell-22
@@ -90,12 +104,23 @@ def _continue(self: ForkModel, prompts: list, sampling: Sampling, seeds: list, n
     self.prefilled += sum(min(len(p), width - n) for p in prompts)
     ids = torch.tensor([[ends[0]]*k + p for k, p in zip(pads, prompts)], device=net.device)
     mask = torch.tensor([[0]*k + [1]*len(p) for k, p in zip(pads, prompts)], device=net.device)
-    config = GenerationConfig(do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=ends, pad_token_id=ends[0])
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=ends, pad_token_id=ends[0]
+    )
     own, mode, net.generation_config = net.generation_config, net.training, config
     try:
-        out = net.eval().generate(ids, attention_mask=mask, generation_config=config, past_key_values=fork(cache, n, pads) if n else None,
-            logits_processor=LogitsProcessorList([RowSampler(seeds, sampling)] if sampling.temperature else []),
-            stopping_criteria=StoppingCriteriaList([StopTexts(self.tok, sampling.stop, width)] if sampling.stop else []))
+        out = net.eval().generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            past_key_values=fork(cache, n, pads) if n else None,
+            logits_processor=LogitsProcessorList(
+                [RowSampler(seeds, sampling)] if sampling.temperature else []
+            ),
+            stopping_criteria=StoppingCriteriaList(
+                [StopTexts(self.tok, sampling.stop, width)] if sampling.stop else []
+            ),
+        )
     finally: net.generation_config = own; net.train(mode)
     return [r[:next((k + 1 for k, t in enumerate(r) if t in ends), len(r))] for r in out[:, width:].tolist()]
 
@@ -117,12 +142,20 @@ def _chat(self: ForkModel, dialogues, sampling, samples, on_done) -> list:
     out = [None]*len(prompts)
     self.prompted += sum(map(len, prompts))
     for n, rows in plan_prefixes(prompts, self.worth):
-        for k, part in enumerate(plan_batches([len(prompts[i]) for i in rows], sampling.max_tokens, self.batch_tokens)):
+        for k, part in enumerate(
+            plan_batches([len(prompts[i]) for i in rows], sampling.max_tokens, self.batch_tokens)
+        ):
             part = [rows[j] for j in part]
             try:
                 if not k: known, cache = (prefix := prompts[rows[0]][:n]), self._read(prefix, known, cache)
-                answers = self._continue([prompts[i] for i in part], sampling, [seeds[i] for i in part], n, cache)
-            except torch.OutOfMemoryError: raise UserError(f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a smaller batch_tokens") from None
+                answers = self._continue(
+                    [prompts[i] for i in part], sampling, [seeds[i] for i in part], n, cache
+                )
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass"
+                    " a smaller batch_tokens"
+                ) from None
             for i, row in zip(part, answers):
                 out[i] = self._completion(prompts[i], row, sampling, ends)
                 if on_done: on_done(i, out[i])

@@ -12,11 +12,15 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 from fastcore.basics import patch
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList,
+    StoppingCriteria, StoppingCriteriaList)
 from transformers.utils import logging as hf_logging
 from ..core.errors import UserError
 from ..core.run import fingerprint
-from .chat import THINK_MARKS, Completion, Sampling, answer_seed, check_dialogues, cut_at_stop, dialogue, sample_indices
+from .chat import (
+    THINK_MARKS, Completion, Sampling, answer_seed, check_dialogues, cut_at_stop, dialogue,
+    sample_indices)
 from .spell import Spelling
 
 # %% ../../nbs/lm/local.ipynb #cell-8
@@ -30,19 +34,38 @@ def load(
     if here.exists(): path = _check_folder(here)
     try:
         tok = AutoTokenizer.from_pretrained(str(path), **kw)
-        model, info = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, use_safetensors=True, output_loading_info=True, **kw)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, use_safetensors=True, output_loading_info=True, **kw
+        )
     except Exception as e:                              # each library below has exceptions of its own for a bad file
-        hint = "its files do not load" if here.exists() else "there is no such folder, and no such name in the Hugging Face cache"
-        raise UserError(f"{path} is no usable checkpoint: {hint} ({' '.join(str(e).split())[:120]}); "
-                        "give a folder that save_pretrained wrote, or fetch one first: hf download OWNER/NAME") from None
-    if (gone := sorted(info["missing_keys"])): raise UserError(f"{path} lacks weights ({gone[0]}, {len(gone)} in all); save the whole model with save_pretrained")
+        hint = (
+            "its files do not load"
+            if here.exists()
+            else "there is no such folder, and no such name in the Hugging Face cache"
+        )
+        raise UserError(
+            f"{path} is no usable checkpoint: {hint} ({' '.join(str(e).split())[:120]}); "
+            "give a folder that save_pretrained wrote, or fetch one first: hf download OWNER/NAME"
+        ) from None
+    if gone := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{path} lacks weights ({gone[0]}, {len(gone)} in all); save the whole model with"
+            " save_pretrained"
+        )
     return model.to(device), tok
 
 # %% ../../nbs/lm/local.ipynb #cell-10
 def _check_folder(here: Path) -> Path:
     "The folder, if it looks like a checkpoint with a tokenizer."
-    if not (here/"config.json").is_file(): raise UserError(f"{here} is no checkpoint: it has no config.json; give a folder that save_pretrained wrote")
-    if not any(p for g in ("tokenizer*", "vocab*", "*.model") for p in here.glob(g)): raise UserError(f"{here} has no tokenizer; save it there too: tokenizer.save_pretrained({str(here)!r})")
+    if not (here / "config.json").is_file():
+        raise UserError(
+            f"{here} is no checkpoint: it has no config.json; give a folder that save_pretrained"
+            " wrote"
+        )
+    if not any(p for g in ("tokenizer*", "vocab*", "*.model") for p in here.glob(g)):
+        raise UserError(
+            f"{here} has no tokenizer; save it there too: tokenizer.save_pretrained({str(here)!r})"
+        )
     return here
 
 # %% ../../nbs/lm/local.ipynb #cell-12
@@ -73,7 +96,8 @@ def place(
 ) -> tuple[str, torch.dtype]:
     "Device and dtype, with defaults filled in."
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available(): raise UserError(f"device {device!r}: torch sees no CUDA card here; use device='cpu'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: torch sees no CUDA card here; use device='cpu'")
     half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float16
     return device, dtype or (half if device.startswith("cuda") else torch.float32)
 
@@ -137,7 +161,10 @@ class StopTexts(StoppingCriteria):
         **kw,           # nor this
     ):
         "(batch,) bool: stop here."
-        texts = self.tok.batch_decode(input_ids[:, max(self.start, input_ids.shape[1] - self.tail):], skip_special_tokens=True)
+        texts = self.tok.batch_decode(
+            input_ids[:, max(self.start, input_ids.shape[1] - self.tail) :],
+            skip_special_tokens=True,
+        )
         return torch.tensor([cut_at_stop(t, self.stops)[1] for t in texts], device=input_ids.device)
 
 # %% ../../nbs/lm/local.ipynb #cell-31
@@ -149,7 +176,9 @@ def plan_batches(
     "Cut dialogues into batches of similar length within a token budget."
     batches, width = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1)*width > budget: batches.append([]); width = lengths[i] + max_tokens
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
+            width = lengths[i] + max_tokens
         batches[-1].append(i)
     return batches
 
@@ -158,8 +187,12 @@ def opens_thinking(
     tokenizer,      # with a chat template
 ) -> bool:
     "Does the prompt of an answer end with an opening mark?"
-    try: text = tokenizer.apply_chat_template(dialogue("Hm."), tokenize=False, add_generation_prompt=True)
-    except Exception: return False                 # a template with rules of its own; `encode` says what they are
+    try:
+        text = tokenizer.apply_chat_template(
+            dialogue("Hm."), tokenize=False, add_generation_prompt=True
+        )
+    except Exception:
+        return False  # a template with rules of its own; `encode` says what they are
     return text.rstrip().endswith(tuple(THINK_MARKS))
 
 # %% ../../nbs/lm/local.ipynb #1ffd716c
@@ -183,13 +216,26 @@ class LocalModel:
         name: str | None = None,           # for the log; by default follows the weights
     ):
         given = isinstance(path_or_model, torch.nn.Module)
-        if given and tokenizer is None: raise UserError("LocalModel: a model needs its tokenizer; pass LocalModel(model, tokenizer)")
-        self.model, self.tok = (path_or_model, tokenizer) if given else load(path_or_model, *place(device, dtype))
+        if given and tokenizer is None:
+            raise UserError(
+                "LocalModel: a model needs its tokenizer; pass LocalModel(model, tokenizer)"
+            )
+        self.model, self.tok = (
+            (path_or_model, tokenizer) if given else load(path_or_model, *place(device, dtype))
+        )
         self.batch_tokens, self._name = batch_tokens, name
         self.label = self.model.config.model_type if given else Path(path_or_model).name
         vocab = self.model.get_input_embeddings().num_embeddings
-        if not self.tok.chat_template: raise UserError(f"{self.label}: the tokenizer has no chat template; set tokenizer.chat_template and save it")
-        if len(self.tok) > vocab: raise UserError(f"{self.label}: the tokenizer has {len(self.tok)} tokens, the model {vocab}; they do not belong together")
+        if not self.tok.chat_template:
+            raise UserError(
+                f"{self.label}: the tokenizer has no chat template; set tokenizer.chat_template and"
+                " save it"
+            )
+        if len(self.tok) > vocab:
+            raise UserError(
+                f"{self.label}: the tokenizer has {len(self.tok)} tokens, the model {vocab}; they"
+                " do not belong together"
+            )
         self.spell, self.opened = Spelling(self.tok), opens_thinking(self.tok)
         self._spelling = fingerprint(self.tok.chat_template, sorted(self.tok.get_vocab().items()), n=4)
 
@@ -198,7 +244,11 @@ class LocalModel:
         "The name given, or label@hash of the weights as they are now."
         return self._name or f"{self.label}@{weights_hash(self.model)}{self._spelling}"
 
-    def __repr__(self): return f"LocalModel({self.name}, {self.model.device}, {str(self.model.dtype).removeprefix('torch.')})"
+    def __repr__(self):
+        return (
+            f"LocalModel({self.name}, {self.model.device},"
+            f" {str(self.model.dtype).removeprefix('torch.')})"
+        )
 
 # %% ../../nbs/lm/local.ipynb #cell-37
 @patch
@@ -209,13 +259,26 @@ def encode(self: LocalModel,
     "The prompts as tokens; a `UserError` for one that the template refuses or that leaves no room."
     room, out = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), []
     for i, d in enumerate(dialogues):
-        try: out.append(self.spell(d))
-        except UserError: raise
-        except Exception as e: raise UserError(f"dialogue {i}: the chat template of {self.label} refuses it ({e}); mend its roles or their order") from None
+        try:
+            out.append(self.spell(d))
+        except UserError:
+            raise
+        except Exception as e:
+            raise UserError(
+                f"dialogue {i}: the chat template of {self.label} refuses it ({e}); mend its roles"
+                " or their order"
+            ) from None
     for i, ids in enumerate(out):
         if room and len(ids) + max_tokens > room:
-            way = f"Sampling(max_tokens={room - len(ids)}) or less, or a shorter dialogue" if len(ids) < room else "shorten the dialogue"
-            raise UserError(f"dialogue {i}: {len(ids)} prompt tokens and max_tokens={max_tokens} exceed the {room} positions of {self.label}; {way}")
+            way = (
+                f"Sampling(max_tokens={room - len(ids)}) or less, or a shorter dialogue"
+                if len(ids) < room
+                else "shorten the dialogue"
+            )
+            raise UserError(
+                f"dialogue {i}: {len(ids)} prompt tokens and max_tokens={max_tokens} exceed the"
+                f" {room} positions of {self.label}; {way}"
+            )
     return out
 
 # %% ../../nbs/lm/local.ipynb #8b23a19f
@@ -231,7 +294,10 @@ def turn_tail(
     except Exception as e:   # whatever the template raises
         raise UserError(f"the chat template refuses a second turn of the user ({e}); give the tokenizer "
                         "one for consultations") from None
-    if _SAID not in text: raise UserError("the chat template leaves out what the assistant said; give the tokenizer another")
+    if _SAID not in text:
+        raise UserError(
+            "the chat template leaves out what the assistant said; give the tokenizer another"
+        )
     return text.partition(_SAID)[2].lstrip()
 
 # %% ../../nbs/lm/local.ipynb #02a5b5b2
@@ -259,12 +325,22 @@ def _generate(self: LocalModel, prompts: list, sampling: Sampling, seeds: list) 
     net, width, ends = self.model, max(map(len, prompts)), self.ends
     ids = torch.tensor([[ends[0]]*(width - len(p)) + p for p in prompts], device=net.device)
     mask = torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts], device=net.device)
-    config = GenerationConfig(do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=ends, pad_token_id=ends[0])
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=ends, pad_token_id=ends[0]
+    )
     own, mode, net.generation_config = net.generation_config, net.training, config
     try:
-        out = net.eval().generate(ids, attention_mask=mask, generation_config=config,
-            logits_processor=LogitsProcessorList([RowSampler(seeds, sampling)] if sampling.temperature else []),
-            stopping_criteria=StoppingCriteriaList([StopTexts(self.tok, sampling.stop, width)] if sampling.stop else []))
+        out = net.eval().generate(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(
+                [RowSampler(seeds, sampling)] if sampling.temperature else []
+            ),
+            stopping_criteria=StoppingCriteriaList(
+                [StopTexts(self.tok, sampling.stop, width)] if sampling.stop else []
+            ),
+        )
     finally: net.generation_config = own; net.train(mode)
     return [r[:next((k + 1 for k, t in enumerate(r) if t in ends), len(r))] for r in out[:, width:].tolist()]
 
@@ -282,7 +358,10 @@ def _asked(self: LocalModel, dialogues, sampling: Sampling, samples) -> tuple:
     "What `chat` was asked: prompts as tokens, and a seed for each; without a temperature no chance is needed."
     dialogues = check_dialogues(dialogues)
     samples = sample_indices(dialogues) if samples is None else samples
-    return self.encode(dialogues, sampling.max_tokens), [answer_seed(d, sampling, k) if sampling.temperature else 0 for d, k in zip(dialogues, samples, strict=True)]
+    return self.encode(dialogues, sampling.max_tokens), [
+        answer_seed(d, sampling, k) if sampling.temperature else 0
+        for d, k in zip(dialogues, samples, strict=True)
+    ]
 
 @patch
 def chat(self: LocalModel,
@@ -298,7 +377,11 @@ def chat(self: LocalModel,
         try:
             with lock_of(self.model):
                 rows = self._generate([prompts[i] for i in part], sampling, [seeds[i] for i in part])
-        except torch.OutOfMemoryError: raise UserError(f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a smaller batch_tokens") from None
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a"
+                " smaller batch_tokens"
+            ) from None
         for i, row in zip(part, rows):
             out[i] = self._completion(prompts[i], row, sampling, ends)
             if on_done: on_done(i, out[i])

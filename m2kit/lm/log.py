@@ -48,7 +48,10 @@ def _calls(path, start: int = 0):
         while (line := f.readline()).endswith(b"\n"):
             if (fault := _fault(line)):
                 said = line[:40].decode(errors="replace").strip()
-                raise UserError(f"{_place(path, start)} is no recorded call: it {fault} ({said!r}); mend or delete that line")
+                raise UserError(
+                    f"{_place(path, start)} is no recorded call: it {fault} ({said!r}); mend or"
+                    " delete that line"
+                )
             yield start, start + len(line), json.loads(line)
             start += len(line)
 
@@ -63,7 +66,9 @@ class CallLog:
         path, # the file; it and its folder come into being with the first answer
     ):
         self.path = Path(path)
-        self._mutex, self._file_lock = threading.RLock(), FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        self._mutex, self._file_lock = threading.RLock(), FileLock(
+            self.path.with_name(f".{self.path.name}.lock")
+        )
         self._line, self._waiting = threading.Lock(), []
         self._forget()
 
@@ -92,8 +97,10 @@ def _read(self: CallLog, key):
     at = self._at[key]
     _, _, row = next(_calls(self.path, at))
     if fingerprint(row["model"], row["messages"], row["sampling"], row["sample"], n=32) != key:
-        raise UserError(f"{_place(self.path, at)} answers another call than its key says; it was changed by hand, or copied "
-                        "from another log: delete it, and the call is made again")
+        raise UserError(
+            f"{_place(self.path, at)} answers another call than its key says; it was changed by"
+            " hand, or copied from another log: delete it, and the call is made again"
+        )
     names = ("text", "prompt_tokens", "completion_tokens", "finish")
     return Completion(*(row[k] for k in names), thinking=row.get("thinking"))
 
@@ -193,7 +200,8 @@ class Logged:
     def name(self) -> str:
         "The model's own name, as it is now."
         return self.model.name
-    def __repr__(self): return f"Logged({self.name}, {self.asked} asked, {self.found} from {self.log.path.name})"
+    def __repr__(self):
+        return f"Logged({self.name}, {self.asked} asked, {self.found} from {self.log.path.name})"
 
 # %% ../../nbs/lm/log.ipynb #cell-26
 @patch
@@ -226,8 +234,11 @@ def _ask(self: Logged, todo, dialogues, sampling, samples, record):
         heard = set()
         def on_done(j, c): heard.add(j); record(part[j], c)
         extra = dict(samples=[samples[i] for i in part], on_done=on_done)
-        answers = self.model.chat([dialogues[i] for i in part], sampling, **{k: extra[k] for k in self._takes})
-        if len(answers) != len(part): raise RuntimeError(f"{self.name} gave {len(answers)} answers to {len(part)} dialogues")
+        answers = self.model.chat(
+            [dialogues[i] for i in part], sampling, **{k: extra[k] for k in self._takes}
+        )
+        if len(answers) != len(part):
+            raise RuntimeError(f"{self.name} gave {len(answers)} answers to {len(part)} dialogues")
         for j, c in enumerate(answers):
             if j not in heard: record(part[j], c)
 
@@ -238,16 +249,30 @@ class Replay:
         log: CallLog,   # the tape
         name: str,      # whose answers, as recorded
     ):
-        if not len(log): raise UserError(f"{log.path} holds no recorded call; record one with Logged(model, CallLog({str(log.path)!r}))")
+        if not len(log):
+            raise UserError(
+                f"{log.path} holds no recorded call; record one with Logged(model,"
+                f" CallLog({str(log.path)!r}))"
+            )
         self.log, self.name = log, choose(name, log.models(), f"model in {log.path}")
 
     def __repr__(self): return f"Replay({self.name}, {self.log.path.name})"
 
     def _miss(self, i, messages, sampling, sample) -> UserError:
-        near = next((r for r in self.log.rows() if r["model"] == self.name and r["messages"] == messages), None)
-        why = "these messages are not on it" if near is None else f"on it they have sample {near['sample']} of {near['sampling']}"
-        return UserError(f"{self.log.path} has no answer of {self.name!r} to dialogue {i} ({messages[-1]['content'][:40]!r}, sample {sample} of "
-                         f"{sampling.identity}): {why}; ask as it was recorded, or record it with Logged(model, log)")
+        near = next(
+            (r for r in self.log.rows() if r["model"] == self.name and r["messages"] == messages),
+            None,
+        )
+        why = (
+            "these messages are not on it"
+            if near is None
+            else f"on it they have sample {near['sample']} of {near['sampling']}"
+        )
+        return UserError(
+            f"{self.log.path} has no answer of {self.name!r} to dialogue {i}"
+            f" ({messages[-1]['content'][:40]!r}, sample {sample} of {sampling.identity}): {why};"
+            " ask as it was recorded, or record it with Logged(model, log)"
+        )
 
     def chat(self,
         dialogues,              # a batch
@@ -257,8 +282,11 @@ class Replay:
     ) -> list[Completion]:
         "One completion per dialogue, in order; a `UserError` for the first that is not on the tape."
         dialogues, out = check_dialogues(dialogues), []
-        for i, (d, k) in enumerate(zip(dialogues, sample_indices(dialogues) if samples is None else samples, strict=True)):
-            if (c := self.log.get(call_key(self.name, d, sampling, k))) is None: raise self._miss(i, d, sampling, k)
+        for i, (d, k) in enumerate(
+            zip(dialogues, sample_indices(dialogues) if samples is None else samples, strict=True)
+        ):
+            if (c := self.log.get(call_key(self.name, d, sampling, k))) is None:
+                raise self._miss(i, d, sampling, k)
             out.append(c)
             if on_done: on_done(i, c)
         return out

@@ -14,8 +14,11 @@ from pathlib import Path
 from ..core.errors import UserError, choose
 
 # %% ../../nbs/lm/memory.ipynb #cell-9
-FAMILIES = dict(llama=dict(qkv_bias=None, o_bias=None, qk_norm=False), qwen2=dict(qkv_bias=True, o_bias=False, qk_norm=False),
-                qwen3=dict(qkv_bias=None, o_bias=None, qk_norm=True))
+FAMILIES = dict(
+    llama=dict(qkv_bias=None, o_bias=None, qk_norm=False),
+    qwen2=dict(qkv_bias=True, o_bias=False, qk_norm=False),
+    qwen3=dict(qkv_bias=None, o_bias=None, qk_norm=True),
+)
 
 # %% ../../nbs/lm/memory.ipynb #cell-10
 @dataclass(frozen=True)
@@ -39,17 +42,31 @@ def _as_dict(config) -> dict:
     "`config` as the dict that config.json holds."
     if isinstance(config, dict): return config
     if hasattr(config, "to_dict"): return config.to_dict()
-    if not isinstance(config, (str, Path)): raise UserError(f"config is a {type(config).__name__}; pass a dict, a transformers config or the path of a config.json")
+    if not isinstance(config, (str, Path)):
+        raise UserError(
+            f"config is a {type(config).__name__}; pass a dict, a transformers config or the path"
+            " of a config.json"
+        )
     path = Path(config)/"config.json" if Path(config).is_dir() else Path(config)
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: raise UserError(f"no config at {path}; pass a checkpoint's folder or its config.json") from None
-    except json.JSONDecodeError as e: raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg}); download the checkpoint's config.json again") from None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"no config at {path}; pass a checkpoint's folder or its config.json"
+        ) from None
+    except json.JSONDecodeError as e:
+        raise UserError(
+            f"{path}:{e.lineno}: not JSON ({e.msg}); download the checkpoint's config.json again"
+        ) from None
 
 def _size(c: dict, field: str) -> int:
     "The positive whole number that `c` holds under `field`."
     v = c.get(field)
     if isinstance(v, int) and not isinstance(v, bool) and v > 0: return v
-    raise UserError(f"config of a {c['model_type']} model: {field} is {'missing' if v is None else repr(v)}; it must be a positive whole number, as in the checkpoint's config.json")
+    raise UserError(
+        f"config of a {c['model_type']} model: {field} is {'missing' if v is None else repr(v)}; it"
+        " must be a positive whole number, as in the checkpoint's config.json"
+    )
 
 # %% ../../nbs/lm/memory.ipynb #cell-14
 def decoder(config) -> Decoder: # from a dict, a transformers config, a folder or a config.json
@@ -59,17 +76,36 @@ def decoder(config) -> Decoder: # from a dict, a transformers config, a folder o
     family = FAMILIES[choose(c.get("model_type"), FAMILIES, "model family (the config's model_type)")]
     heads, hidden, kv = (_size(c, f) for f in ("num_attention_heads", "hidden_size", "num_key_value_heads"))
     own = c.get("head_dim") is not None or family["qk_norm"]
-    if not own and hidden % heads: raise UserError(f"config: hidden_size {hidden} is no multiple of num_attention_heads {heads}; give head_dim")
-    if heads % kv: raise UserError(f"config: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}; check both")
+    if not own and hidden % heads:
+        raise UserError(
+            f"config: hidden_size {hidden} is no multiple of num_attention_heads {heads}; give"
+            " head_dim"
+        )
+    if heads % kv:
+        raise UserError(
+            f"config: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}; check"
+            " both"
+        )
     bias = {k: bool(c.get("attention_bias")) if v is None else v for k, v in family.items()}
-    return Decoder(_size(c, "vocab_size"), hidden, _size(c, "num_hidden_layers"), heads, kv, _size(c, "head_dim") if own else hidden//heads,
-                   _size(c, "intermediate_size"), tied=bool(c.get("tie_word_embeddings")), mlp_bias=bool(c.get("mlp_bias")), **bias)
+    return Decoder(
+        _size(c, "vocab_size"),
+        hidden,
+        _size(c, "num_hidden_layers"),
+        heads,
+        kv,
+        _size(c, "head_dim") if own else hidden // heads,
+        _size(c, "intermediate_size"),
+        tied=bool(c.get("tie_word_embeddings")),
+        mlp_bias=bool(c.get("mlp_bias")),
+        **bias
+    )
 
 # %% ../../nbs/lm/memory.ipynb #cell-17
 def _layer(d: Decoder):
     "Name, shape (out, in) and bias of the seven linear layers of a decoder layer."
     q, kv = d.heads*d.head_dim, d.kv_heads*d.head_dim
-    for n, out, bias in (("q", q, d.qkv_bias), ("k", kv, d.qkv_bias), ("v", kv, d.qkv_bias)): yield f"self_attn.{n}_proj", (out, d.hidden), bias
+    for n, out, bias in (("q", q, d.qkv_bias), ("k", kv, d.qkv_bias), ("v", kv, d.qkv_bias)):
+        yield f"self_attn.{n}_proj", (out, d.hidden), bias
     yield "self_attn.o_proj", (d.hidden, q), d.o_bias
     for n in ("gate", "up"): yield f"mlp.{n}_proj", (d.intermediate, d.hidden), d.mlp_bias
     yield "mlp.down_proj", (d.hidden, d.intermediate), d.mlp_bias
@@ -94,8 +130,16 @@ def parameters(config) -> int:
     return sum(map(math.prod, tensors(config).values()))
 
 # %% ../../nbs/lm/memory.ipynb #cell-24
-QWEN25_32B = dict(model_type="qwen2", vocab_size=152064, hidden_size=5120, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8,
-                  intermediate_size=27648, tie_word_embeddings=False)
+QWEN25_32B = dict(
+    model_type="qwen2",
+    vocab_size=152064,
+    hidden_size=5120,
+    num_hidden_layers=64,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    intermediate_size=27648,
+    tie_word_embeddings=False,
+)
 
 # %% ../../nbs/lm/memory.ipynb #cell-27
 @dataclass(frozen=True)
@@ -107,8 +151,14 @@ class Layout:
     zero_bits: int = 0      # of a group's zero point; 0: symmetric
     channel_bits: int = 0   # of a further scale per output channel (QQQ)
 
-LAYOUTS = {"BF16": Layout(16, scale_bits=0), "W8A8": Layout(8, scale_bits=32), "W8A16": Layout(8, group=128), "W4A16": Layout(4, group=128, zero_bits=4),
-           "W4A16-sym": Layout(4, group=128), "W4A8": Layout(4, group=128, channel_bits=32)}
+LAYOUTS = {
+    "BF16": Layout(16, scale_bits=0),
+    "W8A8": Layout(8, scale_bits=32),
+    "W8A16": Layout(8, group=128),
+    "W4A16": Layout(4, group=128, zero_bits=4),
+    "W4A16-sym": Layout(4, group=128),
+    "W4A8": Layout(4, group=128, channel_bits=32),
+}
 
 # %% ../../nbs/lm/memory.ipynb #cell-28
 def _layout(weights) -> Layout: # from a `Layout` or the name of one
@@ -121,7 +171,11 @@ def matrix_bytes(
     "What one linear layer takes."
     l, (rows, cols) = _layout(weights), shape
     groups = rows * (math.ceil(cols/l.group) if l.group else 1)
-    bits = dict(codes=rows*cols*l.bits, scales=groups*l.scale_bits + rows*l.channel_bits, zeros=groups*l.zero_bits)
+    bits = dict(
+        codes=rows * cols * l.bits,
+        scales=groups * l.scale_bits + rows * l.channel_bits,
+        zeros=groups * l.zero_bits,
+    )
     return {k: math.ceil(v/8) for k, v in bits.items()}
 
 # %% ../../nbs/lm/memory.ipynb #cell-30
@@ -132,7 +186,11 @@ def weight_bytes(
     "What the weights take on the card."
     total = dict(codes=0, scales=0, zeros=0, plain=0)
     for name, shape in tensors(config).items():
-        part = matrix_bytes(shape, weights) if name.endswith("_proj.weight") else dict(plain=2*math.prod(shape))
+        part = (
+            matrix_bytes(shape, weights)
+            if name.endswith("_proj.weight")
+            else dict(plain=2 * math.prod(shape))
+        )
         for k, v in part.items(): total[k] += v
     return total
 
@@ -148,8 +206,19 @@ def kv_bytes(
     return 2 * d.layers * d.kv_heads * d.head_dim * KV_BYTES[choose(kv, KV_BYTES, "cache dtype")]
 
 # %% ../../nbs/lm/memory.ipynb #cell-37
-CARDS = {"T4": 15360, "L4": 23034, "A10": 23028, "RTX 3090": 24576, "RTX 4090": 24564, "RTX 5090": 32607, "A100 40GB": 40960, "L40S": 46068,
-         "A100 80GB": 81920, "H100 80GB": 81559, "H200": 143771}  # name -> MiB
+CARDS = {
+    "T4": 15360,
+    "L4": 23034,
+    "A10": 23028,
+    "RTX 3090": 24576,
+    "RTX 4090": 24564,
+    "RTX 5090": 32607,
+    "A100 40GB": 40960,
+    "L40S": 46068,
+    "A100 80GB": 81920,
+    "H100 80GB": 81559,
+    "H200": 143771,
+}  # name -> MiB
 
 def card_bytes(card) -> int: # a name in `CARDS`, or MiB
     "The memory of a card, in bytes."
@@ -159,10 +228,21 @@ def card_bytes(card) -> int: # a name in `CARDS`, or MiB
 # %% ../../nbs/lm/memory.ipynb #cell-39
 def card_named(card): # a name in `CARDS` in any spelling, or MiB as a number or its digits
     "The card as `CARDS` has it, or its MiB; a `UserError` for a name that is unknown or leaves the size open."
-    plain = lambda s: "".join(str(s).lower().split()).replace("-", "").removeprefix("nvidia").removeprefix("geforce")
-    if isinstance(card, bool) or card is None: raise UserError(f"card is {card!r}; give a name such as RTX 4090, or its MiB as nvidia-smi prints them")
-    if isinstance(card, (int, float)) or str(card).strip().isdigit(): return card_bytes(int(card)) and int(card)
-    same = [c for c in CARDS if plain(c) == plain(card)] or [c for c in CARDS if len(plain(card)) > 2 and plain(c).startswith(plain(card))]
+    plain = (
+        lambda s: "".join(str(s).lower().split())
+        .replace("-", "")
+        .removeprefix("nvidia")
+        .removeprefix("geforce")
+    )
+    if isinstance(card, bool) or card is None:
+        raise UserError(
+            f"card is {card!r}; give a name such as RTX 4090, or its MiB as nvidia-smi prints them"
+        )
+    if isinstance(card, (int, float)) or str(card).strip().isdigit():
+        return card_bytes(int(card)) and int(card)
+    same = [c for c in CARDS if plain(c) == plain(card)] or [
+        c for c in CARDS if len(plain(card)) > 2 and plain(c).startswith(plain(card))
+    ]
     if len(same) == 1: return same[0]
     if same: raise UserError(f"card {card!r} could be {' or '.join(same)}; name one of them")
     return choose(str(card).upper(), CARDS, "card")
@@ -199,7 +279,10 @@ def budget(
     utilization: float = 0.9,     # 0 to 1: the share of the card that may hold weights, cache and overhead
 ) -> Budget:
     "Split a card's memory between engine, weights and cache."
-    if not 0 < utilization <= 1: raise UserError(f"utilization is {utilization}; it is a share of the card, above 0 and at most 1")
+    if not 0 < utilization <= 1:
+        raise UserError(
+            f"utilization is {utilization}; it is a share of the card, above 0 and at most 1"
+        )
     size = card_bytes(card)
     return Budget(size, size*(1 - utilization), overhead, weight_bytes(config, weights), kv_bytes(config, kv))
 
@@ -248,4 +331,7 @@ def lengths_by_card(
 ) -> dict:                        # card -> {format: tokens}; 0 where the weights alone do not fit
     "The longest input + output of one request, for each card and format."
     cards = sorted(CARDS, key=CARDS.get) if cards is None else cards
-    return {c: {name: max_length(config, c, w, kv, **engine) for name, (w, kv) in formats.items()} for c in cards}
+    return {
+        c: {name: max_length(config, c, w, kv, **engine) for name, (w, kv) in formats.items()}
+        for c in cards
+    }

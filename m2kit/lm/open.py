@@ -32,12 +32,20 @@ def read_spec(
     spec: str,                # as typed
 ) -> tuple[str, str, str]:    # kind (one of `SPECS`), where it is, the model's name there ("" when not said)
     "A spec's parts."
-    if not isinstance(spec, str) or not spec.strip(): raise UserError(f"the model is {spec!r}; name one: tiny:doctor, a checkpoint folder, http://HOST:PORT/v1#NAME or replay:FILE")
+    if not isinstance(spec, str) or not spec.strip():
+        raise UserError(
+            f"the model is {spec!r}; name one: tiny:doctor, a checkpoint folder,"
+            " http://HOST:PORT/v1#NAME or replay:FILE"
+        )
     spec = spec.strip()
     if spec.startswith("tiny:"): return "tiny", choose(spec, offered(), "model").removeprefix("tiny:"), ""
     where, _, name = spec.partition("#")
     if spec.startswith(("http://", "https://")):
-        if not name: raise UserError(f"{spec}: which model of this server? write {spec}#NAME; {where.rstrip('/')}/models lists them")
+        if not name:
+            raise UserError(
+                f"{spec}: which model of this server? write {spec}#NAME; {where.rstrip('/')}/models"
+                " lists them"
+            )
         return "server", where, name
     if spec.startswith("replay:"): return "replay", where[7:], name
     return "checkpoint", spec, ""
@@ -48,10 +56,18 @@ def open_replay(
     name="",       # whose calls; "" when the file holds one model's only
 ) -> Replay:
     "The record of a model's calls, as that model."
-    if not Path(path).is_file(): raise UserError(f"{path}: there is no such file; record one by running the command once with --log {path}")
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path}: there is no such file; record one by running the command once with --log"
+            f" {path}"
+        )
     log = CallLog(path)
     models = log.models()
-    if not name and len(models) != 1: raise UserError(f"{path} holds calls of {', '.join(sorted(models)) or 'no model'}; name one: replay:{path}#NAME")
+    if not name and len(models) != 1:
+        raise UserError(
+            f"{path} holds calls of {', '.join(sorted(models)) or 'no model'}; name one:"
+            f" replay:{path}#NAME"
+        )
     return Replay(log, name or next(iter(models)))
 
 # %% ../../nbs/lm/open.ipynb #cell-14

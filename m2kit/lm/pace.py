@@ -183,7 +183,7 @@ def stream(
     try:
         more = True
         while more or open_.rows:
-            for _ in range(at_once):                              # a few, then a look at what they have led to
+            for _ in range(at_once):  # a few, then a look at what they have led to
                 if not more or len(open_.rows) >= window or not room(): break
                 try: open_.begin(next(todo))
                 except StopIteration: more = False
@@ -207,7 +207,9 @@ def lanes(
     servers = [m for m in bottom if hasattr(m, "room")]
     if not servers: return 1, lambda: True, True
     if len(servers) < len(bottom): return 4, lambda: True, True
-    lines = [1.25]*(len(servers) - 1) + [4 if len(servers) > 1 else 1.25]   # behind answers come many verdicts
+    lines = [1.25] * (len(servers) - 1) + [
+        4 if len(servers) > 1 else 1.25
+    ]  # behind answers come many verdicts
     return 512, lambda: all(m.room(n) for m, n in zip(servers, lines)), False
 
 # %% ../../nbs/lm/pace.ipynb #cell-37
@@ -232,4 +234,6 @@ class Patience:
     def end(self):
         "A `UserError` when nothing was usable, and something should have been."
         if self.useless and not self.usable:
-            raise UserError(f"none of the first {self.useless} {self.what} could be used; the first: {self.why}")
+            raise UserError(
+                f"none of the first {self.useless} {self.what} could be used; the first: {self.why}"
+            )

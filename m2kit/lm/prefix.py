@@ -42,7 +42,8 @@ def chain(
 ) -> list[int]:     # one hash per whole block
     "Hashes of the prefixes that end with a block."
     out = list(known)
-    for i in range(len(out)*BLOCK, len(ids) - BLOCK + 1, BLOCK): out.append(hash((out[-1] if out else 0, *ids[i:i + BLOCK])))
+    for i in range(len(out) * BLOCK, len(ids) - BLOCK + 1, BLOCK):
+        out.append(hash((out[-1] if out else 0, *ids[i : i + BLOCK])))
     return out
 
 def common(
@@ -65,7 +66,9 @@ class Prefixes:
     ) -> tuple:         # (`Read` or None, how many of its tokens can be used)
         "The longest known prefix; at least one token of the prompt is left to be read."
         for h in reversed(chain(ids) if hashes is None else hashes):
-            if (key := self.by_hash.get(h)) in self.reads and (n := common(ids, self.reads[key].ids)) >= BLOCK:
+            if (key := self.by_hash.get(h)) in self.reads and (
+                n := common(ids, self.reads[key].ids)
+            ) >= BLOCK:
                 self.reads.move_to_end(key)
                 return self.reads[key], min(n, len(ids) - 1)
         return None, 0
@@ -96,7 +99,8 @@ def add(self: Prefixes,
     self.reads[hashes[-1]] = read
     self.bytes += read.nbytes
     while self.bytes > self.most: self.drop(next(iter(self.reads)))
-    if len(self.by_hash) > 64*max(len(self.reads), 64): self.by_hash = {h: k for k, r in self.reads.items() for h in r.hashes}
+    if len(self.by_hash) > 64 * max(len(self.reads), 64):
+        self.by_hash = {h: k for k, r in self.reads.items() for h in r.hashes}
 
 # %% ../../nbs/lm/prefix.ipynb #cell-13
 ROOM = 32  # tokens
@@ -141,14 +145,25 @@ def packed(
     **kwargs,           # `softcap` and `s_aux` must be None; others are not looked at
 ):                      # (1, tokens of `query`, heads, head_dim), and None for the weights
     "Attention for tokens of many rows in one line; what is new is added to the rows."
-    if not rows or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None: raise UserError(STRANGE)
+    if not rows or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise UserError(STRANGE)
     own, at, of = [n for _, n in rows], module.layer_idx, module.config.num_hidden_layers
     asked = own if query.shape[2] == sum(own) else [1]*len(rows)
     parts = zip(rows, query.split(asked, 2), torch.stack([key, value]).split(own, 3))
-    return torch.cat([_attend(q, *row.append(at, of, kv).unbind(), scaling).transpose(1, 2) for (row, _), q, kv in parts], 1), None
+    return (
+        torch.cat(
+            [
+                _attend(q, *row.append(at, of, kv).unbind(), scaling).transpose(1, 2)
+                for (row, _), q, kv in parts
+            ],
+            1,
+        ),
+        None,
+    )
 
 @cache
-def _causal(dtype, device, size=1024): return _later(size, size, dtype, device)   # 4 MB that most masks are cut from
+def _causal(dtype, device, size=1024):
+    return _later(size, size, dtype, device)  # 4 MB that most masks are cut from
 
 def _later(S, T, dtype, device):
     "To be added to the logits of the last S of T tokens: -inf where one would see a later one."
@@ -161,9 +176,13 @@ def _attend(q, k, v, scaling):
     mask = None if S == 1 else _later(S, T, q.dtype, q.device)
     if H == K: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     mask = mask if mask is None else mask.repeat(H//K, 1)
-    return F.scaled_dot_product_attention(q.reshape(1, K, H//K*S, D), k, v, attn_mask=mask, scale=scaling).reshape(1, H, S, D)
+    return F.scaled_dot_product_attention(
+        q.reshape(1, K, H // K * S, D), k, v, attn_mask=mask, scale=scaling
+    ).reshape(1, H, S, D)
 
-AttentionInterface.register("packed", packed)   # and no mask: transformers makes none for attention that has not registered one
+AttentionInterface.register(
+    "packed", packed
+)  # and no mask: transformers makes none for attention that has not registered one
 
 # %% ../../nbs/lm/prefix.ipynb #cell-19
 PRE_NORM = ("llama", "mistral", "qwen2", "qwen3")   # `model_type`s with such layers
@@ -180,12 +199,22 @@ def last_only(
     **kwargs,                 # for the layer; its attention is `packed`
 ):                            # (1, len(last), hidden)
     "A last layer, for a few of the tokens."
-    if last is None: return type(layer).forward(layer, x, *args, position_embeddings=position_embeddings, **kwargs)
-    a, h, (cos, sin), same = layer.self_attn, layer.input_layernorm(x), position_embeddings, torch.nn.Identity()
+    if last is None:
+        return type(layer).forward(
+            layer, x, *args, position_embeddings=position_embeddings, **kwargs
+        )
+    a, h, (cos, sin), same = (
+        layer.self_attn,
+        layer.input_layernorm(x),
+        position_embeddings,
+        torch.nn.Identity(),
+    )
     heads = lambda x, proj, norm=same: norm(proj(x).unflatten(-1, (-1, a.head_dim))).transpose(1, 2)
     q = _turned(heads(h[:, last], a.q_proj, getattr(a, "q_norm", same)), cos[:, last], sin[:, last])
     k = _turned(heads(h, a.k_proj, getattr(a, "k_norm", same)), cos, sin)
-    x = x[:, last] + a.o_proj(packed(a, q, k, heads(h, a.v_proj), None, a.scaling, kwargs["rows"])[0].flatten(2))
+    x = x[:, last] + a.o_proj(
+        packed(a, q, k, heads(h, a.v_proj), None, a.scaling, kwargs["rows"])[0].flatten(2)
+    )
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 # %% ../../nbs/lm/prefix.ipynb #cell-23
@@ -199,11 +228,18 @@ class PrefixModel(LocalModel):
     ):
         super().__init__(path_or_model, *args, **kwargs)
         config = self.model.config.get_text_config()
-        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"} or getattr(config, "sliding_window", None):
-            raise UserError(f"{self.label}: its attention is not full in every layer, so a prefix cannot be taken over; use LocalModel")
+        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {
+            "full_attention"
+        } or getattr(config, "sliding_window", None):
+            raise UserError(
+                f"{self.label}: its attention is not full in every layer, so a prefix cannot be"
+                " taken over; use LocalModel"
+            )
         self.known, self.read, self.reused = Prefixes(cache_bytes), 0, 0
         last = self.model.get_decoder().layers[-1] if config.model_type in PRE_NORM else None
-        self.end = None if last is None or "forward" in vars(last) else last       # a forward of its own belongs to somebody else's hook
+        self.end = (
+            None if last is None or "forward" in vars(last) else last
+        )  # a forward of its own belongs to somebody else's hook
 
 # %% ../../nbs/lm/prefix.ipynb #cell-28
 @patch
@@ -246,11 +282,25 @@ def _feed(self: PrefixModel,
 ) -> torch.Tensor:   # (rows, vocabulary) logits after the last of them
     "One step of the network for many rows; the new tokens are the rows' then."
     ids = torch.tensor([[t for x in new for t in x]], device=self.model.device)
-    place = torch.tensor([[len(r.ids) + k for r, x in zip(rows, new) for k in range(len(x))]], device=ids.device)
-    last = torch.tensor([n - 1 for n in accumulate(map(len, new))], device=ids.device) if ids.shape[1] > len(rows) else None
+    place = torch.tensor(
+        [[len(r.ids) + k for r, x in zip(rows, new) for k in range(len(x))]], device=ids.device
+    )
+    last = (
+        torch.tensor([n - 1 for n in accumulate(map(len, new))], device=ids.device)
+        if ids.shape[1] > len(rows)
+        else None
+    )
     keep = 0 if last is None or self.end else last                          # 0: all that are left
-    out = self.model(ids, position_ids=place, use_cache=False, logits_to_keep=keep, rows=[(r, len(x)) for r, x in zip(rows, new)], last=last)
-    if any(r.kv is None for r in rows): raise UserError(STRANGE)              # the network did not ask `packed`
+    out = self.model(
+        ids,
+        position_ids=place,
+        use_cache=False,
+        logits_to_keep=keep,
+        rows=[(r, len(x)) for r, x in zip(rows, new)],
+        last=last,
+    )
+    if any(r.kv is None for r in rows):
+        raise UserError(STRANGE)  # the network did not ask `packed`
     for r, x in zip(rows, new): r.ids += x
     return out.logits[0]
 
@@ -266,19 +316,29 @@ def _next_tokens(self: PrefixModel, logits, streams, sampling) -> list[int]:
 def _over(self: PrefixModel, row, sampling, ends) -> bool:
     "Has the row ended?"
     if row[-1] in ends or len(row) >= sampling.max_tokens: return True
-    return bool(sampling.stop) and cut_at_stop(self.tok.decode(row, skip_special_tokens=True), sampling.stop)[1]
+    return (
+        bool(sampling.stop)
+        and cut_at_stop(self.tok.decode(row, skip_special_tokens=True), sampling.stop)[1]
+    )
 
 # %% ../../nbs/lm/prefix.ipynb #cell-33
 @patch
 @torch.inference_mode()
 def _generate(self: PrefixModel, prompts: list, sampling: Sampling, seeds: list) -> list[list[int]]:
     "As `LocalModel._generate`."
-    rows, out, streams, ends = self._rows(prompts), [[] for _ in prompts], [random.Random(s) for s in seeds], self.ends
+    rows, out, streams, ends = (
+        self._rows(prompts),
+        [[] for _ in prompts],
+        [random.Random(s) for s in seeds],
+        self.ends,
+    )
     new, live = [p[len(r.ids):] for p, r in zip(prompts, rows)], list(range(len(prompts)))
     with self._set():
         while live:
             logits = self._feed([rows[i] for i in live], [new[i] for i in live])
-            for i, t in zip(live, self._next_tokens(logits, [streams[i] for i in live], sampling)): out[i].append(t); new[i] = [t]
+            for i, t in zip(live, self._next_tokens(logits, [streams[i] for i in live], sampling)):
+                out[i].append(t)
+                new[i] = [t]
             over = [i for i in live if self._over(out[i], sampling, ends)]
             for i in over: self.known.add(rows[i])
             live = [i for i in live if i not in over]

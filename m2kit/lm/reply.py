@@ -14,9 +14,25 @@ from ..core.errors import UserError
 from .chat import ChatModel, Completion, Sampling, part_thinking
 
 # %% ../../nbs/lm/reply.ipynb #4657633a
-MARKS = ("conversation", "answer", "answer_a", "answer_b", "criterion",                  # grading, comparing
-         "record", "question", "dialogue", "person", "knowledge", "draft", "first", "second", # writing rubrics and texts
-         "script", "doctor", "reply", "session")                                         # judging a patient
+MARKS = (
+    "conversation",
+    "answer",
+    "answer_a",
+    "answer_b",
+    "criterion",  # grading, comparing
+    "record",
+    "question",
+    "dialogue",
+    "person",
+    "knowledge",
+    "draft",
+    "first",
+    "second",  # writing rubrics and texts
+    "script",
+    "doctor",
+    "reply",
+    "session",
+)  # judging a patient
 _OPENS = re.compile(rf"<(?=\s*/?\s*(?:{'|'.join(MARKS)})\b)", re.I)
 
 def section(
@@ -69,7 +85,9 @@ def _mend(
 # %% ../../nbs/lm/reply.ipynb #97ad728f
 class Pairs(list): "A JSON object as the list of its pairs, repeated keys included."
 
-_strict = json.JSONDecoder(object_pairs_hook=Pairs, strict=False)       # strict=False: raw newlines inside strings
+_strict = json.JSONDecoder(
+    object_pairs_hook=Pairs, strict=False
+)  # strict=False: raw newlines inside strings
 _LATE_TRIES, _LATE_CHARS = 5, 20_000
 
 def _object(text, start, late):
@@ -179,7 +197,11 @@ class AskReport:
         add_counts(self, other)
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {k} | {getattr(self, k)} |" for k in ("asked", "replies", "failed")] + [f"| {n}: {k} | {v} |" for n in ("faults", "repairs") for k, v in getattr(self, n).items()]
+        rows = [f"| {k} | {getattr(self, k)} |" for k in ("asked", "replies", "failed")] + [
+            f"| {n}: {k} | {v} |"
+            for n in ("faults", "repairs")
+            for k, v in getattr(self, n).items()
+        ]
         return "\n".join(["| | |", "| --- | --- |", *rows])
 
 def _read(completion: Completion, read, i):
@@ -189,7 +211,10 @@ def _read(completion: Completion, read, i):
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         if isinstance(e, Unusable): raise
         raise Unusable(f"wrong types: {e!r:.80}") from None
-    return value, [*repairs, *(["cut off"] if completion.finish == "length" and "cut off" not in repairs else [])]
+    return value, [
+        *repairs,
+        *(["cut off"] if completion.finish == "length" and "cut off" not in repairs else []),
+    ]
 
 # %% ../../nbs/lm/reply.ipynb #6f97b465
 def ask_until(
@@ -202,11 +227,20 @@ def ask_until(
     report: AskReport = None,      # where to count
 ) -> list:                         # per prompt the value, or the `Unusable` of the last try
     "Ask all, and ask again for what cannot be used."
-    if type(retries) is not int or retries < 0: raise UserError(f"retries is {retries!r}; it is a whole number, at least 0")
+    if type(retries) is not int or retries < 0:
+        raise UserError(f"retries is {retries!r}; it is a whole number, at least 0")
     mine, got, fault, pending = AskReport(asked=len(prompts)), {}, {}, list(range(len(prompts)))
     for attempt in range(retries + 1):
         if not pending: break
-        s = replace(sampling, seed=sampling.seed + attempt, temperature=max(sampling.temperature, retry_temperature)) if attempt else sampling
+        s = (
+            replace(
+                sampling,
+                seed=sampling.seed + attempt,
+                temperature=max(sampling.temperature, retry_temperature),
+            )
+            if attempt
+            else sampling
+        )
         for i, c in zip(pending, model.chat([prompts[i] for i in pending], s), strict=True):
             mine.replies += 1
             try: got[i] = _read(c, read, i)

@@ -61,8 +61,10 @@ def clean_key(
     "A key without the white space around it; a `UserError`, which does not show it, when it is none."
     key = str(key or "").strip() or NO_KEY
     if re.fullmatch("[!-~]+", key): return key
-    raise UserError("the API key has a space, a line break or a letter beyond ASCII inside (it is not shown); "
-                    "copy it again, and nothing else, into $M2KIT_API_KEY or api_key=")
+    raise UserError(
+        "the API key has a space, a line break or a letter beyond ASCII inside (it is not shown); "
+        "copy it again, and nothing else, into $M2KIT_API_KEY or api_key="
+    )
 
 # %% ../../nbs/lm/server.ipynb #cell-15
 def public_url(
@@ -143,7 +145,8 @@ def read_finish(
     if word in ENDS: return ENDS[word]
     if word in BROKEN: raise Fault(f"the server broke the answer off ({word})")
     if word == "content_filter": raise Fault("the server's content filter withheld the answer", retry=False)
-    if word in ("tool_calls", "function_call"): raise Fault("the model called a tool; none was offered", retry=False)
+    if word in ("tool_calls", "function_call"):
+        raise Fault("the model called a tool; none was offered", retry=False)
     raise Fault(f"the answer ended for a reason that is not known ({word[:40]})", retry=False)
 
 # %% ../../nbs/lm/server.ipynb #cell-30
@@ -276,7 +279,10 @@ class Wire:
         backoff: float,        # seconds before the first retry
     ):
         self.base_url, self.pace, self.secrets = base_url, pace, secrets
-        self.headers, self.query = {"content-type": "application/json", "accept-encoding": "gzip, deflate"} | headers, query
+        self.headers, self.query = {
+            "content-type": "application/json",
+            "accept-encoding": "gzip, deflate",
+        } | headers, query
         self.timeout, self.backoff, self.heard, self.session, self.client = timeout, backoff, 0, None, None
 
     def open(self):
@@ -316,11 +322,16 @@ async def send(self: Wire,
             async with (self.session or self.open()).request(method, self.base_url + path, **asked) as r:
                 return r.status, r.headers, self.secrets.hide(await _read(r))
     except TimeoutError:
-        raise Fault(f"no answer within {self.timeout:g} s; a longer timeout= or a lower concurrency= may help",
-                    late=True) from None
+        raise Fault(
+            f"no answer within {self.timeout:g} s; a longer timeout= or a lower concurrency= may"
+            " help",
+            late=True,
+        ) from None
     except (aiohttp.ClientError, OSError) as e:
         said = self.secrets.hide(str(e) or type(e).__name__)
-        raise Fault(f"connection lost ({said})", refused=isinstance(e, aiohttp.ClientConnectorError)) from None
+        raise Fault(
+            f"connection lost ({said})", refused=isinstance(e, aiohttp.ClientConnectorError)
+        ) from None
 
 # %% ../../nbs/lm/server.ipynb #cell-54
 @patch
@@ -350,10 +361,16 @@ async def handle_async_request(self: Wire,
     import httpx2
     tries = int(request.headers.get("x-stainless-retry-count", 0))
     path = request.url.path.removeprefix(urlsplit(self.base_url).path)
-    try: text, said = await self.attempt(request.method, path, request.content, tries + (request.method == "POST"))
+    try:
+        text, said = await self.attempt(
+            request.method, path, request.content, tries + (request.method == "POST")
+        )
     except Fault as fault:
-        wait = 1000*wait_before(fault.tries - 1, fault.after, self.backoff)
-        says = {"x-should-retry": str(fault.retry).lower(), "retry-after-ms": f"{max(wait, .01):.2f}"}
+        wait = 1000 * wait_before(fault.tries - 1, fault.after, self.backoff)
+        says = {
+            "x-should-retry": str(fault.retry).lower(),
+            "retry-after-ms": f"{max(wait, .01):.2f}",
+        }
         return httpx2.Response(599, headers=says, request=request, extensions=dict(fault=fault))
     return httpx2.Response(200, text=text, request=request, extensions=dict(said=said))
 
@@ -416,7 +433,9 @@ class ServerModel:
 def check_settings(base_url, concurrency, retries, timeout):
     "A `UserError` for the first of them that cannot be."
     if urlsplit(str(base_url).strip()).scheme not in ("http", "https"):
-        raise UserError(f"base_url is {str(base_url)[:60]!r}; give an address such as http://127.0.0.1:8000/v1")
+        raise UserError(
+            f"base_url is {str(base_url)[:60]!r}; give an address such as http://127.0.0.1:8000/v1"
+        )
     given = dict(concurrency=(concurrency, 1), retries=(retries, 0), timeout=(timeout, 1e-3))
     for what, (value, least) in given.items():
         if value is not None and not value >= least:
@@ -441,7 +460,9 @@ def wire(self: ServerModel) -> Wire:
     "The connections to the server; to be called in the loop."
     if (pid := os.getpid()) not in self.wires:
         headers = {"Authorization": f"Bearer {self.key}"} | self.headers
-        self.wires[pid] = Wire(self.base_url, headers, self.query, self.pace, self.secrets, self.timeout, self.backoff)
+        self.wires[pid] = Wire(
+            self.base_url, headers, self.query, self.pace, self.secrets, self.timeout, self.backoff
+        )
         _open[self.wires[pid]] = loop = asyncio.get_running_loop()
         weakref.finalize(self, _close, loop, self.wires[pid]).atexit = False
     return self.wires[pid]
@@ -495,14 +516,24 @@ async def callers_fault(self: ServerModel,
 ) -> UserError | None:
     "What the user must mend, when it is the user."
     if fault.status in (401, 403):
-        return UserError(f"{self.base_url} does not accept the key ({fault.status}); pass api_key= or set M2KIT_API_KEY")
+        return UserError(
+            f"{self.base_url} does not accept the key ({fault.status}); pass api_key= or set"
+            " M2KIT_API_KEY"
+        )
     if fault.status and 300 <= fault.status < 400:
         return UserError(f"{self.base_url}: {fault}; if that is where the model is, give that address")
     if fault.status != 404: return None
-    try: names = sorted(str(m.id) for m in (await self.client().models.list()).data)
+    try:
+        names = sorted(str(m.id) for m in (await self.client().models.list()).data)
     except Exception:
-        return UserError(f"{self.base_url} has no /chat/completions (404); check the address: most servers want it to end in /v1")
-    return UserError(f"{self.base_url} does not serve {self.model!r} (404); it serves: {', '.join(names[:10]) or 'nothing'}")
+        return UserError(
+            f"{self.base_url} has no /chat/completions (404); check the address: most servers want"
+            " it to end in /v1"
+        )
+    return UserError(
+        f"{self.base_url} does not serve {self.model!r} (404); it serves:"
+        f" {', '.join(names[:10]) or 'nothing'}"
+    )
 
 # %% ../../nbs/lm/server.ipynb #cell-75
 @patch
@@ -572,7 +603,8 @@ def chat(self: ServerModel,
     "One completion per dialogue, in order; a row that failed for good has finish \"error\"."
     dialogues = check_dialogues(dialogues)
     samples = sample_indices(dialogues) if samples is None else list(samples)
-    if len(samples) != len(dialogues): raise ValueError(f"{len(samples)} sample indices for {len(dialogues)} dialogues")
+    if len(samples) != len(dialogues):
+        raise ValueError(f"{len(samples)} sample indices for {len(dialogues)} dialogues")
     return self.collect(dialogues, sampling, samples, on_done) if dialogues else []
 
 @patch

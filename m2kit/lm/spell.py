@@ -53,7 +53,9 @@ class Spelling:
         self.tok, self.most, self.pieces = tokenizer, most, {}
         self.control, self.blocks = control_tokens(tokenizer), instruction_tokens(tokenizer)
         self.texts = [*self.control, *self.blocks]
-        self.commands = {*self.control.values()} - {tokenizer.unk_token_id}      # any text may hold what is unknown
+        self.commands = {*self.control.values()} - {
+            tokenizer.unk_token_id
+        }  # any text may hold what is unknown
         self.stand_in = {t: chr(0xF0000 + k) for k, t in enumerate(self.texts)}
         signs = [self.stand_in[t] for t in self.texts]
         self.marks, self.signs = any_of(self.control), any_of(signs)
@@ -94,8 +96,10 @@ _JOINER = "\u2060"   # has no width, and allows no line to break
 @patch
 def _open(self: Spelling):
     "Find a copy of the tokenizer that spells piece by piece what the tokenizer spells as a whole."
-    try: probe = self._written(dialogue(" A a", "b.\n", "c  "))
-    except Exception: return                                  # a template with rules of its own; `text` says what they are
+    try:
+        probe = self._written(dialogue(" A a", "b.\n", "c  "))
+    except Exception:
+        return  # a template with rules of its own; `text` says what they are
     whole = self.tok(probe, add_special_tokens=False)["input_ids"]
     for adapt in (lambda t: t, _no_prefix) if hasattr(self.tok, "backend_tokenizer") else ():
         self.plain = adapt(without(self.tok, self.control))
@@ -129,7 +133,12 @@ def _fresh(self: Spelling, piece: str) -> list[int]:
     "The ids of a piece that holds no mark of the template's."
     ids = []
     for i, part in enumerate(self.long_signs.split(piece)):
-        if part: ids += (self.bare if i % 2 else self.plain).encode(self._restored(part), add_special_tokens=False).ids
+        if part:
+            ids += (
+                (self.bare if i % 2 else self.plain)
+                .encode(self._restored(part), add_special_tokens=False)
+                .ids
+            )
     return ids if self.commands.isdisjoint(ids) else self._apart(self._restored(piece))
 
 @patch
@@ -139,14 +148,17 @@ def _apart(self: Spelling, text: str) -> list[int]:
     parts = [x for i, p in enumerate(parts) for x in (p if i % 2 else [p]) if x]
     ids = [i for p in parts for i in self.plain.encode(p, add_special_tokens=False).ids]
     if self.commands.isdisjoint(ids): return ids
-    raise UserError(f"this tokenizer makes a control token of {text[:40]!r} however it is cut; use another one")
+    raise UserError(
+        f"this tokenizer makes a control token of {text[:40]!r} however it is cut; use another one"
+    )
 
 # %% ../../nbs/lm/spell.ipynb #f19beedb
 @patch
 def _ids(self: Spelling, text: str) -> list[int]:
     "What the template wrote, as ids."
     if self.plain is None: return self._whole(text)
-    if len(self.pieces) > self.most: self.pieces = {}         # a new one: who reads the old one goes on reading it
+    if len(self.pieces) > self.most:
+        self.pieces = {}  # a new one: who reads the old one goes on reading it
     pieces, ids = self.pieces, []
     for i, part in enumerate(self.cut.split(text)):
         if i % 2: ids.append(self.control.get(part) or self.control[part.strip()]); continue
@@ -179,4 +191,7 @@ def decode(self: Spelling,
     if special.isdisjoint(ids): return self.tok.decode(ids, skip_special_tokens=True)
     cuts = [-1, *(k for k, i in enumerate(ids) if i in special), len(ids)]
     parts = [self.tok.decode(ids[a + 1:b], skip_special_tokens=True) for a, b in zip(cuts, cuts[1:])]
-    return "".join(p + (self.tok.decode(ids[b:b + 1]) if b < len(ids) else "") for p, b in zip(parts, cuts[1:]))
+    return "".join(
+        p + (self.tok.decode(ids[b : b + 1]) if b < len(ids) else "")
+        for p, b in zip(parts, cuts[1:])
+    )

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'main', 'names_of', 'replay', 'shelf', 'evidence', 'steps', 'certified', 'train', 'is_met',
-           'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file',
-           'cases_in', 'pick_script', 'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
+           'option', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks',
+           'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script', 'training', 'Unopened',
+           'seed_option', 'answer_sampling', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
 import sys
@@ -28,8 +28,16 @@ class Output(click.ParamType):
         if path.exists() and path.is_dir() != self.folder:
             self.fail(f"{value} is {'no' if self.folder else 'a'} folder; name another place", param, ctx)
         there = next(p for p in [path, *path.absolute().parents] if p.exists())
-        try: open(there, "ab").close() if there.is_file() else tempfile.TemporaryFile(dir=there).close()
-        except OSError as e: self.fail(f"{there} cannot be written to ({e.strerror}); name another place", param, ctx)
+        try:
+            (
+                open(there, "ab").close()
+                if there.is_file()
+                else tempfile.TemporaryFile(dir=there).close()
+            )
+        except OSError as e:
+            self.fail(
+                f"{there} cannot be written to ({e.strerror}); name another place", param, ctx
+            )
         if there.is_file() and there != path: self.fail(f"{there} is a file, and no folder", param, ctx)
         return value
 
@@ -47,10 +55,20 @@ class Spec(click.ParamType):
         try: kind, where, _ = read_spec(value)
         except UserError as e: self.fail(str(e), param, ctx)
         if kind == "replay" and not Path(where).is_file():
-            self.fail(f"{where}: there is no such file; record one by running the command once with --log {where}", param, ctx)
+            self.fail(
+                f"{where}: there is no such file; record one by running the command once with --log"
+                f" {where}",
+                param,
+                ctx,
+            )
         if kind == "checkpoint" and not Path(where, "config.json").is_file():
             known = f"; or one of the words {', '.join(self.words)}" if self.words else ""
-            self.fail(f"{where} is no checkpoint: it has no config.json; give a folder that save_pretrained wrote{known}", param, ctx)
+            self.fail(
+                f"{where} is no checkpoint: it has no config.json; give a folder that"
+                f" save_pretrained wrote{known}",
+                param,
+                ctx,
+            )
         return value
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-9
@@ -108,13 +126,21 @@ def main(
 ) -> int:
     "The command `m2kit`: 0 when all went well, 1 when something ran and failed, 2 for a wrong input, 130 when interrupted."
     def wrong(message): print(f"m2kit: {' '.join(message.split())}", file=sys.stderr); return 2
-    try: return commands.main(argv, prog_name="m2kit", standalone_mode=False) or 0
-    except click.UsageError as e: return wrong(f"{e.format_message()} (see {e.ctx.command_path if e.ctx else 'm2kit'} --help)")
-    except (UserError, click.ClickException) as e: return wrong(str(e))
-    except OSError as e:                 # a full disk, a checkout that cannot be written to
-        if not (where := e.filename): raise
+    try:
+        return commands.main(argv, prog_name="m2kit", standalone_mode=False) or 0
+    except click.UsageError as e:
+        return wrong(
+            f"{e.format_message()} (see {e.ctx.command_path if e.ctx else 'm2kit'} --help)"
+        )
+    except (UserError, click.ClickException) as e:
+        return wrong(str(e))
+    except OSError as e:  # a full disk, a checkout that cannot be written to
+        if not (where := e.filename):
+            raise
         return wrong(f"{where}: {e.strerror}; name another place with --out, or set M2KIT_RUNS")
-    except click.Abort: print("m2kit: interrupted; the same command goes on from here", file=sys.stderr); return 130
+    except click.Abort:
+        print("m2kit: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-19
 SCALE = option("--scale", default="tiny", metavar="NAME",
@@ -202,7 +228,9 @@ def exhibits(scale, out):
     from m2kit.reproduce.pipeline import failed
     figures = Path(out) if out else root()/"figures"
     if not figures.is_dir():
-        raise UserError(f"there is no folder {figures}; run m2kit reproduce first, or name another with --out")
+        raise UserError(
+            f"there is no folder {figures}; run m2kit reproduce first, or name another with --out"
+        )
     bad = failed(scale=get_scale(scale).name)
     for name, label, files, verdicts, title in shelf(figures, bad):
         print(f"{name:14} {label:9} {files:13} {title}" + (f"\n{'':38} {verdicts}" if verdicts else ""))
@@ -243,7 +271,15 @@ def certified(names, certify_model):
     bad = 0
     for n in names:
         same = certify_model(n)
-        print(f"{n}: " + ("certified" if same else "stale: the first steps leave other weights; m2kit train --ship"), flush=True)
+        print(
+            f"{n}: "
+            + (
+                "certified"
+                if same
+                else "stale: the first steps leave other weights; m2kit train --ship"
+            ),
+            flush=True,
+        )
         bad += not same
     return 1 if bad else 0
 
@@ -262,7 +298,9 @@ def train(name, fresh, ship, certify):
     if certify: return certified([name] if name else tiny_names(), certify_model)
     if ship: print(ship_models([name] if name else None)); return 0
     for n in [name] if name else tiny_names():
-        tell = lambda step, *rest: step % 20 == 19 and print(f"\r{n}: step {step + 1} ", end="", file=sys.stderr, flush=True)
+        tell = lambda step, *rest: step % 20 == 19 and print(
+            f"\r{n}: step {step + 1} ", end="", file=sys.stderr, flush=True
+        )
         path, same = train_tiny(n, fresh, tell)
         print(f"{n}: {path}" + {None: "", True: ", the same bytes", False: ", other bytes"}[same])
     return 0
@@ -316,7 +354,8 @@ def lacks_anywhere(
     found, python = [], tuple(map(int, have["python"].split(".")[:2]))
     if python < (3, 11): found.append(f"Python {have['python']}: 3.11 or newer is needed")
     if lost := packages(""): found.append(f"packages: pip install {' '.join(map(repr, lost))}")
-    if have["disk"] < 1: found.append(f"{have['disk']:.1f} GB free on disk: 1 GB is needed for runs and figures")
+    if have["disk"] < 1:
+        found.append(f"{have['disk']:.1f} GB free on disk: 1 GB is needed for runs and figures")
     return found
 
 SOLD = .87   # of the GB on the label are there: the system and the driver keep some
@@ -329,11 +368,15 @@ def lacks(
     "What keeps this machine from running at `scale`."
     from m2kit.core.scale import get_scale
     s, found, cards = get_scale(scale), lacks_anywhere(have, packages), [gb for _, gb in have["cuda"]]
-    if have["memory"] < SOLD*s.memory: found.append(f"{have['memory']:.1f} GB of memory: {s.memory} GB are needed")
+    if have["memory"] < SOLD * s.memory:
+        found.append(f"{have['memory']:.1f} GB of memory: {s.memory} GB are needed")
     if not s.cards: return found
-    if not cards: found.append("no CUDA card that torch can see")
-    elif max(cards) < SOLD*s.card: found.append(f"the largest card has {max(cards):.0f} GB: {s.card} GB are needed")
-    if lost := packages("gpu"): found.append(f"the extra [gpu]: pip install 'm2kit[gpu]'  (for {', '.join(lost)})")
+    if not cards:
+        found.append("no CUDA card that torch can see")
+    elif max(cards) < SOLD * s.card:
+        found.append(f"the largest card has {max(cards):.0f} GB: {s.card} GB are needed")
+    if lost := packages("gpu"):
+        found.append(f"the extra [gpu]: pip install 'm2kit[gpu]'  (for {', '.join(lost)})")
     if len(cards) < s.cards > 1:
         found.append(f"{len(cards)} cards: a cluster is needed, on which this command cannot look around")
     return found
@@ -378,7 +421,10 @@ def doctor(scale, serve, card):
     print("\n".join(surroundings_text(have)))
     faults = {s.name: lacks(s.name, have) for s in SCALES.values()}
     for s in SCALES.values():
-        print(f"{'!' if faults[s.name] else ' '} scale {s.name} ({s.needs}): {'missing:' if faults[s.name] else 'can run'}")
+        print(
+            f"{'!' if faults[s.name] else ' '} scale {s.name} ({s.needs}):"
+            f" {'missing:' if faults[s.name] else 'can run'}"
+        )
         for f in faults[s.name]: print(f"      - {f}")
     return 1 if faults[scale] else 0
 
@@ -395,7 +441,10 @@ def file_kind(
     if kind_of(inner) == "patientsim": first = inner      # a dict of profiles
     kind = next((k for k, mark in marks.items() if isinstance(first, dict) and mark in first), None)
     if kind: return kind
-    raise UserError(f"{path}: none of the files that the kit reads; they have one of the keys {', '.join(marks.values())}")
+    raise UserError(
+        f"{path}: none of the files that the kit reads; they have one of the keys"
+        f" {', '.join(marks.values())}"
+    )
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-43
 def read_file(
@@ -450,7 +499,10 @@ def cases_in(
     "The cases of a file; a `UserError` when it holds something else."
     from m2kit.clinic.importers import MARKS, load_cases
     if (kind := file_kind(path)) not in MARKS:
-        raise UserError(f"{path} holds {kind}, and a patient is wanted: a case of the kit, AgentClinic rows or a FHIR bundle")
+        raise UserError(
+            f"{path} holds {kind}, and a patient is wanted: a case of the kit, AgentClinic rows or"
+            " a FHIR bundle"
+        )
     return [case for case, _ in load_cases(path)]
 
 def pick_script(
@@ -464,10 +516,15 @@ def pick_script(
     from m2kit.clinic.knowledge import conditions
     from m2kit.clinic.persona import Script, draw_script
     from m2kit.core.errors import choose
-    if not path: return draw_script(random.Random(seed), condition and choose(condition, conditions(), "condition"))
+    if not path:
+        return draw_script(
+            random.Random(seed), condition and choose(condition, conditions(), "condition")
+        )
     cases = cases_in(path)
     if 1 <= number <= len(cases): return Script.of(cases[number - 1], seed)
-    raise UserError(f"{path} has {len(cases)} case{'s'*(len(cases) != 1)}; --number goes from 1 to {len(cases)}")
+    raise UserError(
+        f"{path} has {len(cases)} case{'s'*(len(cases) != 1)}; --number goes from 1 to {len(cases)}"
+    )
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-53
 def training(
@@ -475,7 +532,12 @@ def training(
 ):             # a function of (step, nats per token)
     "Progress of a tiny model's training, on one line of stderr."
     def tell(step, nats):
-        print(f"\rtraining {spec}, once: step {step + 1}, {nats:.2f} nats a token ", end="", file=sys.stderr, flush=True)
+        print(
+            f"\rtraining {spec}, once: step {step + 1}, {nats:.2f} nats a token ",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
     return tell
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-56
@@ -553,7 +615,11 @@ def answer_sampling(
     from m2kit.lm.chat import Sampling
     if temperature is None and max_tokens is None: return None
     room = 224 if str(model).startswith("tiny:") else 2048
-    return Sampling(temperature=1.0 if temperature is None else temperature, max_tokens=max_tokens or room, seed=seed)
+    return Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        max_tokens=max_tokens or room,
+        seed=seed,
+    )
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-64
 WHO = [
@@ -643,11 +709,17 @@ def healthbench(**options):
     from types import SimpleNamespace
     o = SimpleNamespace(**options)
     if o.grader == "recorded" and not o.meta_eval and o.model != "recorded":
-        raise UserError("recorded verdicts are verdicts on the recorded answers: use --model recorded with --grader recorded")
+        raise UserError(
+            "recorded verdicts are verdicts on the recorded answers: use --model recorded with"
+            " --grader recorded"
+        )
     result, text = run_benchmark(o)
     run = result["this_run"]
     print(text)
-    print(f"in {run['folder']}, {run['seconds']:.0f} s, {run['asked']} calls made and {run['found']} found on record")
+    print(
+        f"in {run['folder']}, {run['seconds']:.0f} s, {run['asked']} calls made and {run['found']}"
+        " found on record"
+    )
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-68
@@ -694,7 +766,8 @@ def typed_prompts(model, items, n, order, max_tokens, log, out):
 def rubrics(model, sources, out, constrain, max_tokens, retries, log):
     "Write them; 1 when some source got none."
     from m2kit.rubrics.generate import generate_file, read_sources
-    if not any(read_sources(sources)): raise UserError(f"{sources}: no sources in it; write one JSON object a line")
+    if not any(read_sources(sources)):
+        raise UserError(f"{sources}: no sources in it; write one JSON object a line")
     writer = Unopened(model, log, training(model))
     written, failures, report = generate_file(writer, sources, out, constrain, max_tokens, retries)
     for f in failures: print(f"  {f}", file=sys.stderr)

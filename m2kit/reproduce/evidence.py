@@ -68,7 +68,11 @@ def measured(
 ) -> dict:        # name -> Notebook
     "The exhibits whose evidence is meant."
     books = {n: nb for n, nb in notebooks(nbs).items() if nb.kind == "exhibit"}
-    return {n: nb for n, nb in books.items() if (n in [choose(m, books, "exhibit") for m in names] if names else nb.label == "measured")}
+    return {
+        n: nb
+        for n, nb in books.items()
+        if (n in [choose(m, books, "exhibit") for m in names] if names else nb.label == "measured")
+    }
 
 # %% ../../nbs/reproduce/evidence.ipynb #cell-11
 def compute_evidence(
@@ -85,11 +89,25 @@ def compute_evidence(
     books, jobs = measured(names, nbs), jobs or default_jobs()
     given = [s for nb in books.values() for s in settings_for(nb, jobs, seeds)]
     state = State(runs_dir().resolve()/"tiny"/"pipeline")
-    try: return reproduce(list(books), jobs=jobs, sets=[*given, *sets], nbs=nbs, out=out, console=console, mode="fresh")
+    try:
+        return reproduce(
+            list(books),
+            jobs=jobs,
+            sets=[*given, *sets],
+            nbs=nbs,
+            out=out,
+            console=console,
+            mode="fresh",
+        )
     finally:
         for n, nb in books.items():
             kept = collect(asked(state.file(nb, "steps")), data)
-            if kept: print(f"{n}: " + ", ".join(f"{v} of {k}" for k, v in kept.items()) + " in the evidence")
+            if kept:
+                print(
+                    f"{n}: "
+                    + ", ".join(f"{v} of {k}" for k, v in kept.items())
+                    + " in the evidence"
+                )
 
 # %% ../../nbs/reproduce/evidence.ipynb #cell-13
 def in_background(
@@ -100,7 +118,13 @@ def in_background(
     log = Path(log or runs_dir()/"evidence.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as f:
-        p = subprocess.Popen([sys.executable, "-m", "m2kit", *words], stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
+        p = subprocess.Popen(
+            [sys.executable, "-m", "m2kit", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=f,
+            stderr=f,
+            start_new_session=True,
+        )
     return p.pid, log
 
 # %% ../../nbs/reproduce/evidence.ipynb #cell-16
@@ -110,7 +134,8 @@ def known_steps(
 ) -> list[dict]:   # records, each with its "place": evidence, tiny or runs
     "All steps that have left something."
     data, runs, found = Path(data or data_dir()), Path(runs or runs_dir()), []
-    for f in sorted((data/"evidence").glob("*.jsonl")): found += [r | dict(place="evidence") for r in records(f.stem, data)]
+    for f in sorted((data / "evidence").glob("*.jsonl")):
+        found += [r | dict(place="evidence") for r in records(f.stem, data)]
     for f in sorted((data/"tiny").glob("*/step.json")): found.append(load_object(f) | dict(place="tiny"))
     for f in sorted(runs.glob("*/config.json")):
         told = load_object(f)
@@ -150,7 +175,11 @@ def survey_text(
     rows: list[dict],   # of `survey`
 ) -> list[str]:         # lines
     "What there is, and what it would cost to make again what is stale."
-    lines = [f"{r['place']:11}{r['kind']:14}{r['n']:4}  {r['standing']:10}{r['cpu']:8.0f} s of CPU" + (f"  {r['why']} changed" if r["why"] else "") for r in rows]
+    lines = [
+        f"{r['place']:11}{r['kind']:14}{r['n']:4}  {r['standing']:10}{r['cpu']:8.0f} s of CPU"
+        + (f"  {r['why']} changed" if r["why"] else "")
+        for r in rows
+    ]
     stale = sum(r["cpu"] for r in rows if r["standing"] == "stale" and r["place"] != "runs")
     return lines + [f"to make again what is stale in the book: about {stale:.0f} s of CPU"]
 
@@ -196,7 +225,11 @@ def parameters_of(
     "How many numbers its weights hold."
     from safetensors import safe_open
     def count(f):
-        with safe_open(f, "pt") as w: return sum(w.get_slice(k).get_shape()[0]*(w.get_slice(k).get_shape() + [1])[1] for k in w.keys())
+        with safe_open(f, "pt") as w:
+            return sum(
+                w.get_slice(k).get_shape()[0] * (w.get_slice(k).get_shape() + [1])[1]
+                for k in w.keys()
+            )
     return sum(map(count, Path(folder).glob("*.safetensors")))
 
 def card_rows(
@@ -207,7 +240,10 @@ def card_rows(
     for file in sorted((Path(data)/"tiny").glob("*/step.json")):
         told = load_object(file)
         what = (named(told["of"]).__doc__ or "").partition(":")[0].strip(" .")
-        rows.append(f"| {told['kind']} | {what} | {parameters_of(file.parent):,} | {told['made']['cpu']:.0f} | {told['made']['commit']} | {told['name']} |")
+        rows.append(
+            f"| {told['kind']} | {what} | {parameters_of(file.parent):,} |"
+            f" {told['made']['cpu']:.0f} | {told['made']['commit']} | {told['name']} |"
+        )
     return rows
 
 def ship_models(
@@ -244,7 +280,13 @@ def first_steps(
     with TemporaryDirectory() as base:
         args = [told["of"], str(steps), base, *(f"{k}={v}" for k, v in more.items())]
         env = os.environ | dict(PYTHONPATH=str(code), OMP_NUM_THREADS="1")
-        r = subprocess.run([sys.executable, "-c", FIRST_STEPS, *args], cwd=code, env=env, capture_output=True, text=True)
+        r = subprocess.run(
+            [sys.executable, "-c", FIRST_STEPS, *args],
+            cwd=code,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
     if r.returncode: raise UserError(f"{told['of']} under {code}: {r.stderr.strip().splitlines()[-1]}")
     return r.stdout.split()[-1]
 
@@ -256,7 +298,11 @@ def checkout(
     "A commit's files, for a while."
     with TemporaryDirectory() as d:
         git = ["git", "-C", str(root()), "worktree"]
-        subprocess.run([*git, "add", "--detach", d + "/code", revision.rstrip("+")], check=True, capture_output=True)
+        subprocess.run(
+            [*git, "add", "--detach", d + "/code", revision.rstrip("+")],
+            check=True,
+            capture_output=True,
+        )
         try: yield Path(d)/"code"
         finally: subprocess.run([*git, "remove", "--force", d + "/code"], capture_output=True)
 
@@ -274,6 +320,11 @@ def certify_model(
     if now.name in step_names(told): return True
     with checkout(told["made"]["commit"]) as code: old = first_steps(told, code, steps, more)
     if first_steps(told, root(), steps, more) != old: return False
-    note = dict(name=now.name, closure=now.closure.name, commit=commit(), how=f"the first {steps} steps leave the same weights")
+    note = dict(
+        name=now.name,
+        closure=now.closure.name,
+        commit=commit(),
+        how=f"the first {steps} steps leave the same weights",
+    )
     atomic_write(file, json.dumps(told | dict(certified=[*told.get("certified", ()), note]), indent=1))
     return True

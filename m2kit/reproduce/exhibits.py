@@ -41,8 +41,19 @@ def of_steps(
     steps,              # lines as `core.step.asked` gives them
 ) -> list[Freshness]:
     "How steps stand to the code, in an exhibit's words."
-    def why(s): return ", ".join(s["why"]) + " changed" + (", and a replay agrees" if s["standing"] == "certified" else "")
-    return [Freshness(s["standing"], why(s) if s["why"] else "" if s["standing"] == "fresh" else "found equal by a replay") for s in steps]
+    def why(s):
+        return (
+            ", ".join(s["why"])
+            + " changed"
+            + (", and a replay agrees" if s["standing"] == "certified" else "")
+        )
+    return [
+        Freshness(
+            s["standing"],
+            why(s) if s["why"] else "" if s["standing"] == "fresh" else "found equal by a replay",
+        )
+        for s in steps
+    ]
 
 # %% ../../nbs/reproduce/exhibits.ipynb #9a548c4d
 def resting_on(

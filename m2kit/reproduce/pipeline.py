@@ -64,8 +64,14 @@ def saved(
 ) -> dict: # {"name": ..., "label": ...}, as far as they stand there literally
     "The name and the label under which a notebook saves its exhibit."
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "save_exhibit":
-            given = {"name": node.args[1] if len(node.args) > 1 else None, **{k.arg: k.value for k in node.keywords}}
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", getattr(node.func, "attr", "")) == "save_exhibit"
+        ):
+            given = {
+                "name": node.args[1] if len(node.args) > 1 else None,
+                **{k.arg: k.value for k in node.keywords},
+            }
             return {k: given[k].value for k in ("name", "label") if isinstance(given.get(k), ast.Constant)}
     return {}
 
@@ -98,7 +104,9 @@ def read_text(
     marks = [(re.findall(r"^\s*#\s*\|.*$", t, re.M), tags) for t, tags in code]
     tree = ast.Module([node for t, _ in code for node in parse(t).body], [])
     parameters = next((assigned(parse(t)) for t, tags in code if "parameters" in tags), {})
-    heading = re.search(r"^# (.+)", "\n".join(t for t, c in zip(text, cells) if c["cell_type"] == "markdown"), re.M)
+    heading = re.search(
+        r"^# (.+)", "\n".join(t for t, c in zip(text, cells) if c["cell_type"] == "markdown"), re.M
+    )
     where = path.relative_to(nbs).with_suffix("")
     kind = "exhibit" if where.parts[0] == "exhibits" else "chapter"
     exhibit = saved(tree) if kind == "exhibit" else {}
@@ -124,13 +132,20 @@ def notebooks(
 ) -> dict:             # name -> Notebook, chapters first
     "Every chapter and exhibit; `index.ipynb` and what starts with a dot or an underscore is neither."
     nbs = Path(nbs or root()/"nbs")
-    if not nbs.is_dir(): raise UserError(f"there are no notebooks at {nbs}; run this in a clone of the repository, not from an installed wheel")
+    if not nbs.is_dir():
+        raise UserError(
+            f"there are no notebooks at {nbs}; run this in a clone of the repository, not from an"
+            " installed wheel"
+        )
     found = {}
     for path in sorted(nbs.rglob("*.ipynb"), key=lambda p: (p.parts[len(nbs.parts)] == "exhibits", p)):
         inside = path.relative_to(nbs)
         if any(p.startswith((".", "_")) for p in inside.parts) or inside.name == "index.ipynb": continue
         nb = read_notebook(path, nbs)
-        if nb.name in found: raise UserError(f"{path} and {found[nb.name].path} are both called {nb.name}; rename one of them")
+        if nb.name in found:
+            raise UserError(
+                f"{path} and {found[nb.name].path} are both called {nb.name}; rename one of them"
+            )
         found[nb.name] = nb
     return found
 
@@ -186,7 +201,8 @@ class State:
     path: Path
     mode: str = "stale"   # what evidence exhibits may draw from: see `core.step.evidence_mode`
 
-    def file(self, nb, kind): return self.path/f"{nb.name if nb.kind == 'chapter' else 'exhibits/' + nb.name}.{kind}"
+    def file(self, nb, kind):
+        return self.path / f"{nb.name if nb.kind == 'chapter' else 'exhibits/' + nb.name}.{kind}"
 
     def stamp(self, nb) -> dict:
         try: return json.loads(self.file(nb, "json").read_text())
@@ -200,7 +216,11 @@ class State:
         try: return json.loads((self.path/"times.json").read_text())
         except (OSError, ValueError): return {}
 
-    def took(self, name, seconds): atomic_write(self.path/"times.json", json.dumps({**self.seconds(), name: round(seconds, 1)}, indent=1, sort_keys=True))
+    def took(self, name, seconds):
+        atomic_write(
+            self.path / "times.json",
+            json.dumps({**self.seconds(), name: round(seconds, 1)}, indent=1, sort_keys=True),
+        )
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-33
 def outputs(
@@ -244,7 +264,10 @@ def runnable(
     "Make raw what `#| eval: false` or a flag excludes."
     skip = re.compile(rf"^\s*#\s*\|\s*(eval:\s*false|{'|'.join(flags)})\s*$", re.M)
     for cell in nb.cells:
-        if cell.cell_type == "code" and skip.search(cell.source): cell.cell_type = "raw"; cell.pop("outputs", 0); cell.pop("execution_count", 0)
+        if cell.cell_type == "code" and skip.search(cell.source):
+            cell.cell_type = "raw"
+            cell.pop("outputs", 0)
+            cell.pop("execution_count", 0)
     return nb
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-39
@@ -255,7 +278,11 @@ def failure(
 ) -> dict:        # {"cell": number counted from 1 or None, "of": cells, "error": last lines of the traceback}
     "What went wrong, in the terms of the notebook as its author knows it."
     import nbformat
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", l) for t in getattr(error, "traceback", [f"{type(error).__name__}: {error}"]) for l in t.splitlines()]
+    lines = [
+        re.sub(r"\x1b\[[0-9;]*m", "", l)
+        for t in getattr(error, "traceback", [f"{type(error).__name__}: {error}"])
+        for l in t.splitlines()
+    ]
     ids = [c.get("id") for c in nbformat.read(source, as_version=4).cells]
     cell = None
     if getattr(error, "cell_index", None) is not None:
@@ -274,7 +301,14 @@ def execute(
     nb = runnable(nbformat.read(source, as_version=4))
     nb.metadata.setdefault("kernelspec", {}).update(name="python3", language="python")
     try:
-        papermill.execute_notebook(nb, executed, job["parameters"], kernel_name="python3", cwd=str(Path(source).parent), progress_bar=False)
+        papermill.execute_notebook(
+            nb,
+            executed,
+            job["parameters"],
+            kernel_name="python3",
+            cwd=str(Path(source).parent),
+            progress_bar=False,
+        )
         return dict(status="done")
     except Exception as e: return dict(status="failed", **failure(e, executed, source))
 
@@ -305,9 +339,17 @@ def surroundings(
 ) -> dict:
     "The environment in which a notebook runs. Chapters show what this code does: they draw from nothing stale."
     mode = state.mode if nb.kind == "exhibit" or state.mode == "none" else "fresh"
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "M2KIT_JOBS": str(workers),
-            "M2KIT_RUNS": str(runs_dir().resolve()), "IPYTHONDIR": str(state.path/"ipython"),
-            "M2KIT_EVIDENCE": mode, "M2KIT_STEPS_LOG": str(state.file(nb, "steps")), "M2KIT_WITHIN": ""}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "M2KIT_JOBS": str(workers),
+        "M2KIT_RUNS": str(runs_dir().resolve()),
+        "IPYTHONDIR": str(state.path / "ipython"),
+        "M2KIT_EVIDENCE": mode,
+        "M2KIT_STEPS_LOG": str(state.file(nb, "steps")),
+        "M2KIT_WITHIN": "",
+    }
 
 def steps_asked(
     state: State,        # where stamps are kept
@@ -327,17 +369,43 @@ def run_notebook(
 ) -> dict:                     # `execute`'s result, with "seconds"
     "Execute one notebook in a process of its own, and wait for it."
     begin, result, log = time.time(), state.file(nb, "result"), state.file(nb, "log")
-    log.parent.mkdir(parents=True, exist_ok=True); result.unlink(missing_ok=True); state.file(nb, "steps").unlink(missing_ok=True)
-    job = dict(source=str(nb.path), executed=str(state.file(nb, "ipynb")), result=str(result), parameters=parameters)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    result.unlink(missing_ok=True)
+    state.file(nb, "steps").unlink(missing_ok=True)
+    job = dict(
+        source=str(nb.path),
+        executed=str(state.file(nb, "ipynb")),
+        result=str(result),
+        parameters=parameters,
+    )
     with open(log, "wb") as f:
-        p = subprocess.Popen([sys.executable, "-c", "from m2kit.reproduce.pipeline import child; child()"], stdin=subprocess.PIPE, stdout=f, stderr=f,
-                             env=surroundings(state, workers, nb), cwd=nb.path.parent, start_new_session=True)
+        p = subprocess.Popen(
+            [sys.executable, "-c", "from m2kit.reproduce.pipeline import child; child()"],
+            stdin=subprocess.PIPE,
+            stdout=f,
+            stderr=f,
+            env=surroundings(state, workers, nb),
+            cwd=nb.path.parent,
+            start_new_session=True,
+        )
         started(p)
         try: p.stdin.write(json.dumps(job).encode() + b"\n"); p.stdin.flush()
         except BrokenPipeError: pass   # it died at once; its log says why
         p.wait()
-    if result.exists(): told = json.loads(result.read_text()); result.unlink()
-    else: told = dict(status="failed", cell=None, of=None, error=f"its process ended with status {p.returncode} ({'killed, perhaps for want of memory' if p.returncode == -9 else 'see the log'}): {log}")
+    if result.exists():
+        told = json.loads(result.read_text())
+        result.unlink()
+    else:
+        told = dict(
+            status="failed",
+            cell=None,
+            of=None,
+            error=(
+                f"its process ended with status {p.returncode}"
+                f" ({'killed, perhaps for want of memory' if p.returncode == -9 else 'see the log'}):"
+                f" {log}"
+            ),
+        )
     return dict(told, began=round(begin, 1), seconds=round(time.time() - begin, 1), **steps_asked(state, nb))
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-49
@@ -351,11 +419,24 @@ def select(
     names = {choose(n, books, "notebook") for n in (only or books)}
     without = {n: books[n].parameters.get("scales", ["tiny"]) for n in names if books[n].kind == "exhibit"}
     without = {n: s for n, s in without.items() if scale not in s}
-    if without: raise UserError(f"not at the scale {scale}: " + ", ".join(f"{n} (it has: {', '.join(s)})" for n, s in sorted(without.items())) + "; choose others with --only, or run --scale tiny")
+    if without:
+        raise UserError(
+            f"not at the scale {scale}: "
+            + ", ".join(f"{n} (it has: {', '.join(s)})" for n, s in sorted(without.items()))
+            + "; choose others with --only, or run --scale tiny"
+        )
     return {n: books[n] for n in books if n in names}
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-51
-TYPES = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", list: "a list", tuple: "a list", dict: "an object"}
+TYPES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    bool: "true or false",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+}
 
 def read_value(
     text: str, # as typed
@@ -365,9 +446,18 @@ def read_value(
     "JSON where it is JSON, else the text; a `UserError` when it is of another type than the default."
     try: value = json.loads(text)
     except ValueError: value = text
-    kind = (list, tuple) if isinstance(default, (list, tuple)) else (int, float) if isinstance(default, float) else type(default)
-    if default is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)):
-        raise UserError(f"--set {name}={text}: {name} takes {TYPES[type(default)]} (its default is {json.dumps(default)})")
+    kind = (
+        (list, tuple)
+        if isinstance(default, (list, tuple))
+        else (int, float) if isinstance(default, float) else type(default)
+    )
+    if default is not None and (
+        not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool)
+    ):
+        raise UserError(
+            f"--set {name}={text}: {name} takes {TYPES[type(default)]} (its default is"
+            f" {json.dumps(default)})"
+        )
     return value
 
 def overrides(
@@ -377,7 +467,8 @@ def overrides(
     "What `--set` asks for, by notebook."
     found = {}
     for text in sets:
-        if not (m := re.fullmatch(r"([^.=]+)\.(\w+)=(.*)", text, re.S)): raise UserError(f"--set {text}: write NAME.PARAM=VALUE, e.g. fig05.steps=40")
+        if not (m := re.fullmatch(r"([^.=]+)\.(\w+)=(.*)", text, re.S)):
+            raise UserError(f"--set {text}: write NAME.PARAM=VALUE, e.g. fig05.steps=40")
         name, param, value = m.groups()
         defaults = books[choose(name, books, "notebook among those to run")].parameters
         if not defaults: raise UserError(f"--set {text}: {name} has no parameters")
@@ -392,7 +483,10 @@ def estimates(
 ) -> dict:         # seconds by name
     "How long each notebook will take, as far as one can tell."
     guess = dict(chapter=10, exhibit=20)
-    return {n: known.get(n) or 60*nb.parameters.get("minutes", 0) or guess[nb.kind] for n, nb in books.items()}
+    return {
+        n: known.get(n) or 60 * nb.parameters.get("minutes", 0) or guess[nb.kind]
+        for n, nb in books.items()
+    }
 
 def chains(
     graph: dict,     # name -> names that it builds on
@@ -434,11 +528,30 @@ class Plan:
         if name in self.waiting: self.waiting.remove(name)
         self.results[name] = result
         lost = [n for n in self.waiting if name in self.graph[n]] if result["status"] != "done" else []
-        return [m for n in lost if n in self.waiting for m in [n, *self.finish(n, dict(status="skipped", error=f"it builds on {name}, which {'failed' if result['status'] == 'failed' else 'was skipped'}"))]]
+        return [
+            m
+            for n in lost
+            if n in self.waiting
+            for m in [
+                n,
+                *self.finish(
+                    n,
+                    dict(
+                        status="skipped",
+                        error=(
+                            f"it builds on {name}, which"
+                            f" {'failed' if result['status'] == 'failed' else 'was skipped'}"
+                        ),
+                    ),
+                ),
+            ]
+        ]
 
     def left(self) -> float: # seconds
         "About how long it will still take: all the work shared out, or the longest single piece, whichever is more."
-        rest = {n: self.seconds[n] for n in self.waiting} | {n: max(1, self.seconds[n] - (time.time() - t)) for n, t in self.running.items()}
+        rest = {n: self.seconds[n] for n in self.waiting} | {
+            n: max(1, self.seconds[n] - (time.time() - t)) for n, t in self.running.items()
+        }
         return max([sum(s*self.slots(n) for n, s in rest.items())/self.jobs, *rest.values()], default=0)
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-61
@@ -454,7 +567,11 @@ def screen():
     "A rich console on standard output; a plain one in a notebook, where nothing can be overwritten."
     from rich.console import Console
     how = dict(highlight=False, soft_wrap=True)
-    return Console(force_jupyter=False, force_terminal=False, **how) if Console().is_jupyter else Console(**how)
+    return (
+        Console(force_jupyter=False, force_terminal=False, **how)
+        if Console().is_jupyter
+        else Console(**how)
+    )
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-64
 class Progress:
@@ -493,7 +610,10 @@ def account(
     if result["status"] == "failed":
         cell = f"cell {result['cell']} of {result['of']} of " if result.get("cell") else ""
         lines = "\n".join("          " + l for l in result["error"].splitlines())
-        return f"{name:24} FAILED after {span(result['seconds'])} in {cell}{books[name].path}\n{lines}\n          as it ran: {result['executed']}"
+        return (
+            f"{name:24} FAILED after {span(result['seconds'])} in"
+            f" {cell}{books[name].path}\n{lines}\n          as it ran: {result['executed']}"
+        )
     if result["status"] == "skipped": return f"{name:24} skipped: {result['error']}"
     return f"{name:24} " + ("already done" if result.get("already") else f"done in {span(result['seconds'])}")
 
@@ -505,8 +625,13 @@ def locked(
     "Hold the state folder alone; a `UserError` when somebody else does."
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder)/"lock")
-    try: lock.acquire(timeout=0)
-    except Timeout: raise UserError(f"another m2kit reproduce is at work in {folder}; wait for it, or give this one its own runs with M2KIT_RUNS=FOLDER") from None
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another m2kit reproduce is at work in {folder}; wait for it, or give this one its own"
+            " runs with M2KIT_RUNS=FOLDER"
+        ) from None
     try: yield
     finally: lock.release()
 
@@ -532,7 +657,8 @@ def start_fresh(
     everything: bool, # also what was trained and measured; else only the stamps of `books`
 ):
     "Forget what earlier runs left."
-    for p in made_here(runs_dir(), scale) if everything else []: shutil.rmtree(p) if p.is_dir() else p.unlink()
+    for p in made_here(runs_dir(), scale) if everything else []:
+        shutil.rmtree(p) if p.is_dir() else p.unlink()
     for nb in books.values(): state.forget(nb)
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-75
@@ -548,7 +674,8 @@ def note(
     if result["status"] == "done": state.took(name, result["seconds"])
     lost = plan.finish(name, result)
     for n in lost: state.keep(plan.books[n], plan.results[n])
-    for i, n in enumerate([name, *lost], len(plan.results) - len(lost)): progress.say(f"[{i:2d}/{progress.total}] " + account(n, plan.results[n], plan.books))
+    for i, n in enumerate([name, *lost], len(plan.results) - len(lost)):
+        progress.say(f"[{i:2d}/{progress.total}] " + account(n, plan.results[n], plan.books))
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-77
 class Crew:
@@ -585,7 +712,11 @@ def carry_out(
                 progress.begins(name, plan)
                 nb = plan.books[name]
                 extra = dict(made_of=made_of(nb, parameters[name]), executed=str(state.file(nb, "ipynb")))
-                at_work[pool.submit(run_notebook, nb, state, parameters[name], plan.slots(name), crew.join)] = name, extra
+                at_work[
+                    pool.submit(
+                        run_notebook, nb, state, parameters[name], plan.slots(name), crew.join
+                    )
+                ] = name, extra
             progress.tick(plan)
             for ended in wait(at_work, timeout=.3, return_when=FIRST_COMPLETED).done:
                 name, extra = at_work.pop(ended)
@@ -600,7 +731,12 @@ def timetable(
     from rich.table import Table
     from rich.box import SIMPLE
     table = Table("notebook", "outcome", "seconds", box=SIMPLE)
-    for n, r in results.items(): table.add_row(n, "already done" if r.get("already") else r["status"], f"{r['seconds']:.1f}" if "seconds" in r and not r.get("already") else "")
+    for n, r in results.items():
+        table.add_row(
+            n,
+            "already done" if r.get("already") else r["status"],
+            f"{r['seconds']:.1f}" if "seconds" in r and not r.get("already") else "",
+        )
     table.add_row("all together", "", f"{wall:.1f}")
     return table
 
@@ -613,7 +749,10 @@ def parameters_for(
 ) -> dict:
     "What papermill sets in `nb`: an exhibit's scale and folder, and what was asked for."
     if nb.kind == "chapter": return given
-    if lost := {"scale", "out"} - set(nb.parameters): raise UserError(f"{nb.path}: no cell tagged 'parameters' that sets {' and '.join(sorted(lost))}")
+    if lost := {"scale", "out"} - set(nb.parameters):
+        raise UserError(
+            f"{nb.path}: no cell tagged 'parameters' that sets {' and '.join(sorted(lost))}"
+        )
     return dict(scale=scale, out=str(out)) | given
 
 def default_jobs() -> int:
@@ -634,7 +773,10 @@ def run_plan(
         if not finished(state, plan.books[n], parameters[n], out): continue
         plan.finish(n, dict(state.stamp(plan.books[n]), already=True))
         progress.say(f"[{len(plan.results):2d}/{progress.total}] " + account(n, plan.results[n], plan.books))
-    if plan.waiting: progress.say(f"        {len(plan.waiting)} to run, {plan.jobs} at a time; about {span(plan.left())}")
+    if plan.waiting:
+        progress.say(
+            f"        {len(plan.waiting)} to run, {plan.jobs} at a time; about {span(plan.left())}"
+        )
     carry_out(plan, state, parameters, progress)
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-88
@@ -670,7 +812,10 @@ def conclude(
     "Tell how long everything took and what is not done."
     progress.console.print(timetable({n: plan.results[n] for n in plan.books}, wall))
     bad = [n for n, r in plan.results.items() if r["status"] != "done"]
-    if bad: progress.say(f"not done: {', '.join(bad)}; the same command tries these again and leaves the others")
+    if bad:
+        progress.say(
+            f"not done: {', '.join(bad)}; the same command tries these again and leaves the others"
+        )
     return 1 if bad else 0
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-91

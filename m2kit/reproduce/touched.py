@@ -37,7 +37,11 @@ def changed_files(
 ) -> set[str]:       # paths below it, with slashes
     "Files that differ from the main branch or from the last commit, new ones too."
     new = git(root, "ls-files", "--others", "--exclude-standard")
-    return {*git(root, "diff", "--name-only", "HEAD"), *git(root, "diff", "--name-only", merge_base(root)), *new}
+    return {
+        *git(root, "diff", "--name-only", "HEAD"),
+        *git(root, "diff", "--name-only", merge_base(root)),
+        *new,
+    }
 
 # %% ../../nbs/reproduce/touched.ipynb #c10
 def touched(
@@ -68,13 +72,32 @@ def run_chapter(
     env=None,              # environment; this process's by default
 ) -> tuple[bool, str]:     # whether all is well, and what was said
     "Run one notebook's cells as a test."
-    command = [Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", "0", "--flags", " ".join(flags)]
-    try: r = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=Path(path).parent)
-    except subprocess.TimeoutExpired: return False, f"{path}: still at work after {timeout:.0f} s"
+    command = [
+        Path(sys.executable).with_name("nbdev_test"),
+        "--path",
+        path,
+        "--n_workers",
+        "0",
+        "--flags",
+        " ".join(flags),
+    ]
+    try:
+        r = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=env, cwd=Path(path).parent
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"{path}: still at work after {timeout:.0f} s"
     return r.returncode == 0 and "Success." in r.stdout, r.stdout + r.stderr
 
 # %% ../../nbs/reproduce/touched.ipynb #c18
-AHEAD = ["torch", "transformers", "transformers.models.qwen3.modeling_qwen3", "scipy.stats", "matplotlib.pyplot", "nbdev.test"]
+AHEAD = [
+    "torch",
+    "transformers",
+    "transformers.models.qwen3.modeling_qwen3",
+    "scipy.stats",
+    "matplotlib.pyplot",
+    "nbdev.test",
+]
 
 @cache
 def fork_server():
@@ -131,7 +154,10 @@ def run_all(
         if time.time() > until: return late.append(name)
         begin = time.time()
         ok, said = jobs[name]()
-        tell(f"{'ok    ' if ok else 'FAILED'} {time.time() - begin:5.1f} s  {name}" + ("" if ok else f"\n{said}"))
+        tell(
+            f"{'ok    ' if ok else 'FAILED'} {time.time() - begin:5.1f} s  {name}"
+            + ("" if ok else f"\n{said}")
+        )
         if not ok: failed.append(name)
     with ThreadPoolExecutor(workers) as pool: list(pool.map(one, jobs))
     return failed, late
@@ -146,7 +172,9 @@ def check(
     books, until = notebooks(Path(root)/"nbs"), time.time() + seconds
     chapters, exhibits, tests, wide = touched(changed_files(root), books)
     graph = uses({n: nb for n, nb in books.items() if nb.kind == "chapter"})
-    must = {n: lambda n=n: run_forked(books[n].path) for n in chapters} | {t: lambda t=t: run_test(Path(root)/t) for t in tests}
+    must = {n: lambda n=n: run_forked(books[n].path) for n in chapters} | {
+        t: lambda t=t: run_test(Path(root) / t) for t in tests
+    }
     may = {n: lambda n=n: run_forked(books[n].path) for n in importers(chapters, graph)}
     workers = min(2, os.cpu_count() or 1)
     if not must: tell("no chapter and no test has changed")

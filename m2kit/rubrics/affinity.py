@@ -61,9 +61,17 @@ class Routed:
         rest: float = 60.,        # seconds for which a server that failed is left out
     ):
         if not models: raise UserError("Routed: there are no servers; give at least one")
-        if len(names := sorted({m.name for m in models})) > 1: raise UserError(f"Routed: the servers serve different models ({', '.join(names)}); their answers would be mixed up")
+        if len(names := sorted({m.name for m in models})) > 1:
+            raise UserError(
+                f"Routed: the servers serve different models ({', '.join(names)}); their answers"
+                " would be mixed up"
+            )
         ids = [getattr(m, "base_url", None) or f"server {i}" for i, m in enumerate(models)]
-        if len(set(ids)) < len(ids): raise UserError(f"Routed: a server stands twice ({next(i for i in ids if ids.count(i) > 1)}); give each once")
+        if len(set(ids)) < len(ids):
+            raise UserError(
+                f"Routed: a server stands twice ({next(i for i in ids if ids.count(i) > 1)}); give"
+                " each once"
+            )
         self.models, self.name, self.key, self.rest = dict(zip(ids, models)), names[0], key, rest
         self.sent, self.away = Counter(), {}      # dialogues by server; server -> (until when, why)
 
@@ -104,18 +112,32 @@ def chat(self: Routed,
     "One completion per dialogue, in order."
     dialogues, lock = check_dialogues(dialogues), threading.Lock()
     samples = sample_indices(dialogues) if samples is None else list(samples)
-    out, todo = [None]*len(dialogues), {i: self._up(rendezvous(self.key(d), self.models)) for i, d in enumerate(dialogues)}
+    out, todo = [None] * len(dialogues), {
+        i: self._up(rendezvous(self.key(d), self.models)) for i, d in enumerate(dialogues)
+    }
     def heard(i, c):
         with lock:
             if on_done and c.ok: on_done(i, c)
     def ask(model, rows):
-        return model.chat([dialogues[i] for i in rows], sampling, samples=[samples[i] for i in rows], on_done=lambda j, c: heard(rows[j], c))
+        return model.chat(
+            [dialogues[i] for i in rows],
+            sampling,
+            samples=[samples[i] for i in rows],
+            on_done=lambda j, c: heard(rows[j], c),
+        )
     while todo:
         for i, c in self._round(todo, ask).items(): out[i] = c
-        todo = {i: rest for i, order in todo.items() if (out[i] is None or not out[i].ok) and (rest := self._up(order[1:]))}
+        todo = {
+            i: rest
+            for i, order in todo.items()
+            if (out[i] is None or not out[i].ok) and (rest := self._up(order[1:]))
+        }
     if (lost := [i for i, c in enumerate(out) if c is None]):
         if len(lost) == len(out): raise UserError("; ".join(why for _, why in self.away.values()))
-        for i in lost: out[i] = Completion("", finish="error", error="; ".join(why for _, why in self.away.values()))
+        for i in lost:
+            out[i] = Completion(
+                "", finish="error", error="; ".join(why for _, why in self.away.values())
+            )
     for i, c in enumerate(out):
         if on_done and not c.ok: on_done(i, c)
     return out

@@ -47,14 +47,24 @@ Two criteria share a dimension when they judge the same side of an answer with t
 Reply with one JSON object and nothing else: {"same_dimension": [[i, j], ...], "same_point": [[i, j], ...]}. Each pair is a number of the first list and a number of the second; give every pair that qualifies, and an empty list where none does."""
 
 _PAIRS = dict(type="array", items=dict(type="array", items=dict(type="integer"), minItems=2, maxItems=2))
-REFEREE_SCHEMA = dict(type="object", properties=dict(same_dimension=_PAIRS, same_point=_PAIRS), required=["same_dimension", "same_point"], additionalProperties=False)
+REFEREE_SCHEMA = dict(
+    type="object",
+    properties=dict(same_dimension=_PAIRS, same_point=_PAIRS),
+    required=["same_dimension", "same_point"],
+    additionalProperties=False,
+)
 
 def referee_prompt(
     a: Rubric, b: Rubric,  # the two lists
 ) -> list[dict]:           # messages
     "The question to a referee about two rubrics."
     listed = lambda r: "\n".join(f"{i}. {c.text}" for i, c in enumerate(r, 1))
-    return [dict(role="system", content=REFEREE), dict(role="user", content=section("first", listed(a)) + "\n" + section("second", listed(b)))]
+    return [
+        dict(role="system", content=REFEREE),
+        dict(
+            role="user", content=section("first", listed(a)) + "\n" + section("second", listed(b))
+        ),
+    ]
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-12
 def read_match(
@@ -68,7 +78,10 @@ def read_match(
         if not isinstance(said.get(key), list): raise Unusable(f"no list {key}: {text.strip()[:80]!r}")
         out[key] = np.zeros((n, m), bool)
         for pair in said[key]:
-            if not (isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair)): raise Unusable(f"no pair in {key}: {pair!r:.40}")
+            if not (
+                isinstance(pair, list) and len(pair) == 2 and all(type(x) is int for x in pair)
+            ):
+                raise Unusable(f"no pair in {key}: {pair!r:.40}")
             if 1 <= pair[0] <= n and 1 <= pair[1] <= m: out[key][pair[0] - 1, pair[1] - 1] = True
             else: repairs.append("pair out of range dropped")
     return Match(out["same_dimension"], out["same_point"]), repairs
@@ -87,7 +100,14 @@ class LMReferee:
         "One match a pair."
         pairs = list(pairs)
         read = lambda text, i: read_match(text, *map(len, pairs[i]))
-        got = ask_until(self.model, [referee_prompt(*p) for p in pairs], read, self.sampling, self.retries, report=self.report)
+        got = ask_until(
+            self.model,
+            [referee_prompt(*p) for p in pairs],
+            read,
+            self.sampling,
+            self.retries,
+            report=self.report,
+        )
         return [None if isinstance(x, Unusable) else x for x in got]
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-15
@@ -98,7 +118,11 @@ def shares(
     "How much of each rubric has its like in the other, by dimension and by point."
     sign = np.sign(a.points)[:, None] == np.sign(b.points)[None, :]
     same = dict(dimension=match.dimension, point=match.dimension & match.about & sign)
-    return {f"{level}, of {whose}": float(t.any(axis).mean()) for level, t in same.items() for whose, axis in (("generated", 1), ("experts", 0))}
+    return {
+        f"{level}, of {whose}": float(t.any(axis).mean())
+        for level, t in same.items()
+        for whose, axis in (("generated", 1), ("experts", 0))
+    }
 
 def weights(
     a: Rubric, b: Rubric,    # n and m criteria
@@ -112,7 +136,8 @@ def weights(
     same, good = np.sign(x) == np.sign(y), (x > 0) & (y > 0)
     out = dict(sign=float(same.mean()))
     if same.any(): out["difference"] = float(abs(x - y)[same].mean())
-    if good.sum() >= 4 and len(set(x[good])) > 1 and len(set(y[good])) > 1: out["rank correlation"] = float(spearmanr(x[good], y[good]).statistic)
+    if good.sum() >= 4 and len(set(x[good])) > 1 and len(set(y[good])) > 1:
+        out["rank correlation"] = float(spearmanr(x[good], y[good]).statistic)
     return out
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-17
@@ -130,11 +155,18 @@ def compare_all(
 ) -> tuple:               # (list of n dicts of measures, how many comparisons had no verdict)
     "All measures for all cases. A comparison without a verdict leaves its measures out of that case."
     generated, experts = list(generated), list(experts)
-    if len(generated) != len(experts): raise UserError(f"{len(generated)} generated rubrics against {len(experts)} of experts; give one of each per case")
+    if len(generated) != len(experts):
+        raise UserError(
+            f"{len(generated)} generated rubrics against {len(experts)} of experts; give one of"
+            " each per case"
+        )
     cores = [core_of(e) for e in experts] if cores is None else list(cores)
     pairs = [*zip(generated, experts), *((g, c) for g, c in zip(generated, cores, strict=True) if c)]
     told = iter(referee.compare(pairs)); first = [next(told) for _ in generated]
-    rows = [{} if m is None else shares(g, e, m) | weights(g, e, m) for g, e, m in zip(generated, experts, first)]
+    rows = [
+        {} if m is None else shares(g, e, m) | weights(g, e, m)
+        for g, e, m in zip(generated, experts, first)
+    ]
     lost = sum(m is None for m in first)
     for row, g, c in zip(rows, generated, cores):
         if c is None: continue
@@ -158,7 +190,11 @@ def others(
 ) -> list[int]:     # for each case another one
     "For each case the number of one with another label: chance level is a rubric of that one."
     rng, labels = np.random.default_rng(seed), np.array(list(labels))
-    if len(set(labels.tolist())) < 2: raise UserError("all cases have the same label, so there is no other case to compare with; draw more conditions")
+    if len(set(labels.tolist())) < 2:
+        raise UserError(
+            "all cases have the same label, so there is no other case to compare with; draw more"
+            " conditions"
+        )
     return [int(rng.choice(np.flatnonzero(labels != l))) for l in labels]
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-27
@@ -178,10 +214,17 @@ def similarities(
 ) -> dict:             # statements, profile, points -> (n, n), 0..1
     "How alike any two rubrics are."
     sets = [statements(r) for r in rubrics]
-    profile = np.array([[sum(abs(c.points) for c in r if c.dimension == d) for d in DIMENSIONS] for r in rubrics], float)
+    profile = np.array(
+        [[sum(abs(c.points) for c in r if c.dimension == d) for d in DIMENSIONS] for r in rubrics],
+        float,
+    )
     unit = profile/np.maximum(np.linalg.norm(profile, axis=1, keepdims=True), 1e-9)
     hist = np.array([[r.points.count(p)/len(r) for p in range(-10, 11)] for r in rubrics])
-    return dict(statements=np.array([[len(a & b)/len(a | b) for b in sets] for a in sets]), profile=unit @ unit.T, points=1 - abs(hist[:, None] - hist[None]).sum(-1)/2)
+    return dict(
+        statements=np.array([[len(a & b) / len(a | b) for b in sets] for a in sets]),
+        profile=unit @ unit.T,
+        points=1 - abs(hist[:, None] - hist[None]).sum(-1) / 2,
+    )
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-28
 def uniformity(
@@ -197,12 +240,23 @@ def uniformity(
     if not apart.any(): raise UserError("uniformity needs rubrics of two different cases at least")
     def mean(table, rows):
         "The mean of a table over pairs of drawn cases; NaN where one case alone was drawn."
-        w = np.array([np.bincount(r, minlength=len(rubrics)) for r in rows.reshape(-1, rows.shape[-1])], float)
+        w = np.array(
+            [np.bincount(r, minlength=len(rubrics)) for r in rows.reshape(-1, rows.shape[-1])],
+            float,
+        )
         with np.errstate(invalid="ignore"): share = ((w @ (table*apart))*w).sum(1)/((w @ apart)*w).sum(1)
         return share.reshape(rows.shape[:-1])
     everyone = np.arange(len(rubrics))
-    return {k: Estimate(mean(s, everyone), *bootstrap(lambda rows, s=s: mean(s, rows), len(rubrics), seed, resamples=resamples),
-                        len(rubrics), "cases", least=FEW) for k, s in similarities(rubrics).items()}
+    return {
+        k: Estimate(
+            mean(s, everyone),
+            *bootstrap(lambda rows, s=s: mean(s, rows), len(rubrics), seed, resamples=resamples),
+            len(rubrics),
+            "cases",
+            least=FEW
+        )
+        for k, s in similarities(rubrics).items()
+    }
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-31
 def agreement_file(
@@ -217,11 +271,25 @@ def agreement_file(
         return {r.id: r for r in good}, [f"{path}: {f.reason}" for f in bad]
     (a, bad_a), (b, bad_b) = read(generated), read(experts)
     ids = [i for i in a if i in b]
-    if len(ids) < 2: raise UserError(f"{generated} and {experts} share {len(ids)} ids; rubrics of the same case must have the same id")
+    if len(ids) < 2:
+        raise UserError(
+            f"{generated} and {experts} share {len(ids)} ids; rubrics of the same case must have"
+            " the same id"
+        )
     referee = LMReferee(model) if model else LookupReferee()
     rows, lost = compare_all([a[i] for i in ids], [b[i] for i in ids], referee)
     chance, gone = compare_all([a[ids[j]] for j in others(ids, seed)], [b[i] for i in ids], referee)
     def told(estimates): return {k: estimate_dict(x) for k, x in estimates.items()}
-    alike = {name: told(uniformity([t[i] for i in ids], seed)) for name, t in (("generated", a), ("experts", b))}
-    return dict(cases=len(ids), agreement=told(summary(rows, seed)), chance=told(summary(chance, seed)), uniformity=alike,
-                no_verdict=lost + gone, unpaired=sorted(a.keys() ^ b.keys()), unsound=bad_a + bad_b)
+    alike = {
+        name: told(uniformity([t[i] for i in ids], seed))
+        for name, t in (("generated", a), ("experts", b))
+    }
+    return dict(
+        cases=len(ids),
+        agreement=told(summary(rows, seed)),
+        chance=told(summary(chance, seed)),
+        uniformity=alike,
+        no_verdict=lost + gone,
+        unpaired=sorted(a.keys() ^ b.keys()),
+        unsound=bad_a + bad_b,
+    )

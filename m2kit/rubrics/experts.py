@@ -17,31 +17,137 @@ from .reference import DIMENSION, WORDS
 from .rubric import Criterion, Rubric
 
 # %% ../../nbs/rubrics/experts.ipynb #cell-6
-WORDINGS = { # kind -> two wordings of half 0, two of half 1
-    "diagnosis": ("Says that it is {}", "Gives the diagnosis of {}", WORDS["diagnosis"], "Concludes that the patient has {}"),
+WORDINGS = {  # kind -> two wordings of half 0, two of half 1
+    "diagnosis": (
+        "Says that it is {}",
+        "Gives the diagnosis of {}",
+        WORDS["diagnosis"],
+        "Concludes that the patient has {}",
+    ),
     "test": ("Orders {}", "Arranges {}", WORDS["test"], "Requests {} before going further"),
-    "treatment": ("Starts {}", "Treats the patient with {}", WORDS["treatment"], "Prescribes or arranges {}"),
-    "red_flag": ("Warns of {}", "Says to come back at once for {}", WORDS["red_flag"], "Says what to do in case of {}"),
-    "advice": ("Tells the patient to {}", "Suggests to {}", WORDS["advice"], "Encourages the patient to {}"),
-    "other_diagnosis": ("Names a diagnosis other than {}", "Settles on something else than {}", "Misses {} and names another illness", "Blames an illness that is not {}"),
-    "other_treatment": ("Recommends a treatment that the condition does not call for", "Adds a needless treatment", "Treats what the patient does not have", "Gives something without a reason"),
-    "nonsense": ("Says something that makes no sense", "Has a sentence that nobody can follow", "Is garbled in places", "Contains words that mean nothing"),
+    "treatment": (
+        "Starts {}",
+        "Treats the patient with {}",
+        WORDS["treatment"],
+        "Prescribes or arranges {}",
+    ),
+    "red_flag": (
+        "Warns of {}",
+        "Says to come back at once for {}",
+        WORDS["red_flag"],
+        "Says what to do in case of {}",
+    ),
+    "advice": (
+        "Tells the patient to {}",
+        "Suggests to {}",
+        WORDS["advice"],
+        "Encourages the patient to {}",
+    ),
+    "other_diagnosis": (
+        "Names a diagnosis other than {}",
+        "Settles on something else than {}",
+        "Misses {} and names another illness",
+        "Blames an illness that is not {}",
+    ),
+    "other_treatment": (
+        "Recommends a treatment that the condition does not call for",
+        "Adds a needless treatment",
+        "Treats what the patient does not have",
+        "Gives something without a reason",
+    ),
+    "nonsense": (
+        "Says something that makes no sense",
+        "Has a sentence that nobody can follow",
+        "Is garbled in places",
+        "Contains words that mean nothing",
+    ),
 }
 
 # %% ../../nbs/rubrics/experts.ipynb #cell-7
-PERSON = { # owed to a person with this trait: kind -> (dimension, points, wordings)
-    "cost": ("treatment rationality", 7, ("Offers a choice that the patient can pay for", "Says what the treatment costs", "Takes into account that money is short", "Looks for an affordable way")),
-    "evidence": ("evidence citation", 6, ("Says what evidence the advice rests on", "Cites a guideline or a study", "Gives a source for what is advised", "Backs the plan with evidence")),
-    "plain": ("clarity and structure", 6, ("Uses plain words without jargon", "Explains every medical word", "Keeps to language that anybody understands", "Is easy to follow without schooling")),
-    "kind": ("communication and empathy", 5, ("Responds kindly to how the patient feels", "Takes up what worries the patient", "Is warm in tone", "Shows that the distress is heard")),
-    "invite": ("communication and empathy", 4, ("Asks whether the patient has questions", "Invites the patient to say what is missing", "Draws the patient out", "Leaves room for what the patient has not said")),
+PERSON = {  # owed to a person with this trait: kind -> (dimension, points, wordings)
+    "cost": (
+        "treatment rationality",
+        7,
+        (
+            "Offers a choice that the patient can pay for",
+            "Says what the treatment costs",
+            "Takes into account that money is short",
+            "Looks for an affordable way",
+        ),
+    ),
+    "evidence": (
+        "evidence citation",
+        6,
+        (
+            "Says what evidence the advice rests on",
+            "Cites a guideline or a study",
+            "Gives a source for what is advised",
+            "Backs the plan with evidence",
+        ),
+    ),
+    "plain": (
+        "clarity and structure",
+        6,
+        (
+            "Uses plain words without jargon",
+            "Explains every medical word",
+            "Keeps to language that anybody understands",
+            "Is easy to follow without schooling",
+        ),
+    ),
+    "kind": (
+        "communication and empathy",
+        5,
+        (
+            "Responds kindly to how the patient feels",
+            "Takes up what worries the patient",
+            "Is warm in tone",
+            "Shows that the distress is heard",
+        ),
+    ),
+    "invite": (
+        "communication and empathy",
+        4,
+        (
+            "Asks whether the patient has questions",
+            "Invites the patient to say what is missing",
+            "Draws the patient out",
+            "Leaves room for what the patient has not said",
+        ),
+    ),
 }
-TALK = { # while the consultation goes on
-    "ask": ("consultation logic", ("Asks about {}", "Asks whether there is {}", "Inquires after {}", "Finds out about {}")),
-    "ask_health": ("consultation logic", ("Asks about other illnesses and medicines and allergies", "Asks what else there is to know about the patient's health",
-                                          "Takes the past history and the medicines", "Checks for allergies and long term illness")),
-    "ask_again": ("clarity and structure", ("Asks again about {}", "Repeats the question about {}", "Forgets what was said about {}", "Goes back to {} without need")),
-    "early": ("medical ethics and safety", ("Settles on a treatment before asking further", "Prescribes too early", "Jumps to therapy", "Treats before the story is complete")),
+TALK = {  # while the consultation goes on
+    "ask": (
+        "consultation logic",
+        ("Asks about {}", "Asks whether there is {}", "Inquires after {}", "Finds out about {}"),
+    ),
+    "ask_health": (
+        "consultation logic",
+        (
+            "Asks about other illnesses and medicines and allergies",
+            "Asks what else there is to know about the patient's health",
+            "Takes the past history and the medicines",
+            "Checks for allergies and long term illness",
+        ),
+    ),
+    "ask_again": (
+        "clarity and structure",
+        (
+            "Asks again about {}",
+            "Repeats the question about {}",
+            "Forgets what was said about {}",
+            "Goes back to {} without need",
+        ),
+    ),
+    "early": (
+        "medical ethics and safety",
+        (
+            "Settles on a treatment before asking further",
+            "Prescribes too early",
+            "Jumps to therapy",
+            "Treats before the story is complete",
+        ),
+    ),
 }
 WORDINGS |= {k: w for k, (_, _, w) in PERSON.items()} | {k: w for k, (_, w) in TALK.items()}
 
@@ -60,8 +166,13 @@ class Point:
         "One of the paper's seven."
         if self.kind in PERSON: return PERSON[self.kind][0]
         if self.kind in TALK: return TALK[self.kind][0]
-        if self.kind in DIMENSION: return "medical ethics and safety" if self.points < 0 else DIMENSION[self.kind]
-        return dict(other_diagnosis="diagnostic accuracy", other_treatment="treatment rationality", nonsense="clarity and structure")[self.kind]
+        if self.kind in DIMENSION:
+            return "medical ethics and safety" if self.points < 0 else DIMENSION[self.kind]
+        return dict(
+            other_diagnosis="diagnostic accuracy",
+            other_treatment="treatment rationality",
+            nonsense="clarity and structure",
+        )[self.kind]
 
 def worded(
     point: Point,      # what to say
@@ -73,20 +184,32 @@ def worded(
     return Criterion(point.points if points is None else points, text, point.dimension)
 
 # %% ../../nbs/rubrics/experts.ipynb #cell-13
-_PATTERNS = sorted(((w, k, re.compile(re.escape(w).replace(r"\{\}", r"([^.,;:]+)"))) for k, ws in WORDINGS.items() for w in ws), key=lambda x: -len(x[0]))
+_PATTERNS = sorted(
+    (
+        (w, k, re.compile(re.escape(w).replace(r"\{\}", r"([^.,;:]+)")))
+        for k, ws in WORDINGS.items()
+        for w in ws
+    ),
+    key=lambda x: -len(x[0]),
+)
 
 def read_point(
     text: str,      # of a criterion
 ) -> tuple | None:  # (kind, item)
     "The kind and item that a criterion's text speaks of."
     for _, kind, pattern in _PATTERNS:
-        if (m := pattern.fullmatch(" ".join(text.split()).rstrip("."))): return kind, (m[1].strip() if m.groups() else "")
+        if m := pattern.fullmatch(" ".join(text.split()).rstrip(".")):
+            return kind, (m[1].strip() if m.groups() else "")
 
 # %% ../../nbs/rubrics/experts.ipynb #cell-16
 CHANCE = dict(A=1., B=.6, C=.15)
-_TRAITS = dict(cost=lambda c: c.social.means == "poor", evidence=lambda c: c.social.education == "university",
-               plain=lambda c: c.social.education in ("none", "primary") or c.social.language == "basic",
-               kind=lambda c: "feeling" in c.psychological.traits, invite=lambda c: "introverted" in c.psychological.traits)
+_TRAITS = dict(
+    cost=lambda c: c.social.means == "poor",
+    evidence=lambda c: c.social.education == "university",
+    plain=lambda c: c.social.education in ("none", "primary") or c.social.language == "basic",
+    kind=lambda c: "feeling" in c.psychological.traits,
+    invite=lambda c: "introverted" in c.psychological.traits,
+)
 
 def person_points(
     case: Case,    # its psychological and social parts count
@@ -95,12 +218,19 @@ def person_points(
     return [Point(k, "", PERSON[k][1], .8) for k, has in _TRAITS.items() if has(case)]
 
 # %% ../../nbs/rubrics/experts.ipynb #cell-17
-def _first(xs): return list(reversed(sorted(xs, key=lambda x: abs(x.points))))     # what matters most first: the order of the page, turned round
+def _first(xs):
+    return list(
+        reversed(sorted(xs, key=lambda x: abs(x.points)))
+    )  # what matters most first: the order of the page, turned round
 def _good(kind, item, points): return Point(kind, item, points, CHANCE[grade_of(points)], points >= 9)
 
 def _entry(case, condition):
     c = condition or conditions().get(case.medical.condition)
-    if c is None: raise UserError(f"case {case.id}: its condition {case.medical.condition!r} is not in the knowledge base; pass condition=, or ask a language model for the rubric")
+    if c is None:
+        raise UserError(
+            f"case {case.id}: its condition {case.medical.condition!r} is not in the knowledge"
+            " base; pass condition=, or ask a language model for the rubric"
+        )
     return c
 
 def full_points(
@@ -114,11 +244,20 @@ def full_points(
     points = {x.name: x.points for x in (*c.tests, *c.treatments, *c.red_flags, *c.advice)}
     treatments = dict.fromkeys(swap.get(t.name, t.name) for t in _first(c.treatments))
     points |= {k.instead: points.get(k.instead, points[k.treatment]) for k in barred}
-    good = [("diagnosis", c.name, 10), *(("test", x.name, x.points) for x in _first(c.tests)), *(("treatment", t, points[t]) for t in treatments),
-            *(("red_flag", x.name, x.points) for x in _first(c.red_flags)), *(("advice", x.name, x.points) for x in _first(c.advice))]
+    good = [
+        ("diagnosis", c.name, 10),
+        *(("test", x.name, x.points) for x in _first(c.tests)),
+        *(("treatment", t, points[t]) for t in treatments),
+        *(("red_flag", x.name, x.points) for x in _first(c.red_flags)),
+        *(("advice", x.name, x.points) for x in _first(c.advice)),
+    ]
     harm = [Point("treatment", t, -9, 1., True) for t in dict.fromkeys(k.treatment for k in barred)]
     unsafe = [Point("advice", u.name, u.points, .4 if i else 1.) for i, u in enumerate(_first(c.unsafe))]
-    wrong = [Point("other_diagnosis", c.name, -8, .7), Point("other_treatment", "", -5, .3), Point("nonsense", "", -5, .3)]
+    wrong = [
+        Point("other_diagnosis", c.name, -8, 0.7),
+        Point("other_treatment", "", -5, 0.3),
+        Point("nonsense", "", -5, 0.3),
+    ]
     return [*(_good(*g) for g in good), *harm, *unsafe, *wrong, *person_points(case)]
 
 # %% ../../nbs/rubrics/experts.ipynb #cell-21
@@ -134,9 +273,13 @@ def slice_points(
     if "about your health" in said: return full_points(case, c)
     asked = [s for m in talk if m["role"] == "assistant" for s in _ASKED.findall(m["content"])]
     open_ = [s.name for s in reversed(sorted(c.symptoms, key=lambda s: s.often)) if s.name not in said][:3]
-    return [*(Point("ask", s, 7, 1. if i == 0 else .7, i == 0) for i, s in enumerate(open_)), Point("ask_health", "", 9, 1., True),
-            *(Point("ask_again", s, -4, .8) for s in asked), Point("early", "", -7, .9),
-            *(p for p in person_points(case) if p.kind in ("plain", "kind", "invite"))]
+    return [
+        *(Point("ask", s, 7, 1.0 if i == 0 else 0.7, i == 0) for i, s in enumerate(open_)),
+        Point("ask_health", "", 9, 1.0, True),
+        *(Point("ask_again", s, -4, 0.8) for s in asked),
+        Point("early", "", -7, 0.9),
+        *(p for p in person_points(case) if p.kind in ("plain", "kind", "invite")),
+    ]
 
 # %% ../../nbs/rubrics/experts.ipynb #cell-24
 def expert(
@@ -150,7 +293,14 @@ def expert(
         "The points, one up or down in 30% of cases, within the range and on the same side of 0."
         x = p.points + (rng.choice((-1, 1)) if rng.random() < .3 else 0)
         return max(1, min(10, x)) if p.points > 0 else min(-1, max(-10, x))
-    return Rubric(id, [worded(p, 2*half + rng.randrange(2), weigh(p)) for p in points if rng.random() < p.chance])
+    return Rubric(
+        id,
+        [
+            worded(p, 2 * half + rng.randrange(2), weigh(p))
+            for p in points
+            if rng.random() < p.chance
+        ],
+    )
 
 # %% ../../nbs/rubrics/experts.ipynb #cell-29
 def with_lookups(
@@ -160,5 +310,17 @@ def with_lookups(
     def tag(kind, item):
         "The lookup that answers the criterion, if there is one."
         if kind in DIMENSION: return (f"said:{kind}:{item}",)
-        return (f"said:diagnosis:!{item}",) if kind == "other_diagnosis" else ("said:other:!",) if kind == "nonsense" else ()
-    return Rubric(rubric.id, [Criterion(c.points, c.text, c.dimension, (*c.tags, *tag(*(read_point(c.text) or ("", ""))))) for c in rubric])
+        return (
+            (f"said:diagnosis:!{item}",)
+            if kind == "other_diagnosis"
+            else ("said:other:!",) if kind == "nonsense" else ()
+        )
+    return Rubric(
+        rubric.id,
+        [
+            Criterion(
+                c.points, c.text, c.dimension, (*c.tags, *tag(*(read_point(c.text) or ("", ""))))
+            )
+            for c in rubric
+        ],
+    )

@@ -56,7 +56,13 @@ ASK_POSITIVE = """The statement describes something the answer should do. A poor
 
 ASK_NEGATIVE = """The statement describes a fault, something the answer should not do. A good answer can have the fault and a poor one can be free of it. The second field is "unacceptable": true if the answer has the fault that the statement describes, false if it is free of it."""
 
-GRADER_BLOCKS = (*INSTRUCTION_BLOCKS, UNIFIED, SHARED, ASK_POSITIVE, ASK_NEGATIVE)     # every fixed text of every form of the question
+GRADER_BLOCKS = (
+    *INSTRUCTION_BLOCKS,
+    UNIFIED,
+    SHARED,
+    ASK_POSITIVE,
+    ASK_NEGATIVE,
+)  # every fixed text of every form of the question
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-16
 UNIFIED_FIELD, ORDERS = "criteria_met", ("printed", "shared")
@@ -80,19 +86,38 @@ def grading_prompt(
     shared = typed and choose(order, ORDERS, "order of a grading prompt") == "shared"
     talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in conversation)
     ask = [ASK_POSITIVE if criterion.positive else ASK_NEGATIVE] if shared else []
-    parts = [section("conversation", talk), section("answer", answer), *ask, section("criterion", criterion.text)]
+    parts = [
+        section("conversation", talk),
+        section("answer", answer),
+        *ask,
+        section("criterion", criterion.text),
+    ]
     system = SHARED if shared else UNIFIED if not typed else POSITIVE if criterion.positive else NEGATIVE
-    user = Content.joined(parts, own=[2] if shared else [])                # the question is the kit's own, wherever it stands
+    user = Content.joined(
+        parts, own=[2] if shared else []
+    )  # the question is the kit's own, wherever it stands
     return [dict(role="system", content=system), dict(role="user", content=user)]
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-33
 _SAYS = r"""(["'“”]?)(?<![a-z]){}\W{{0,4}}?[:=]\W*(\w*)"""
-_LOOSE = {f: re.compile(_SAYS.format("()criteria[_ ]?met" if f == UNIFIED_FIELD else "(un)?acceptable"), re.I) for f in (*FIELD.values(), UNIFIED_FIELD)}
+_LOOSE = {
+    f: re.compile(
+        _SAYS.format("()criteria[_ ]?met" if f == UNIFIED_FIELD else "(un)?acceptable"), re.I
+    )
+    for f in (*FIELD.values(), UNIFIED_FIELD)
+}
 
 def _loose(rest, field):
     "What the text outside of readable objects says of `field`: True, False, or None for unreadable."
-    found = [(bool(m[1]), as_bool(m[3]), bool(m[2]) == field.startswith("un")) for m in _LOOSE[field].finditer(rest)]
-    return {said if said is None or same else not said for quoted, said, same in found if quoted or said is not None}
+    found = [
+        (bool(m[1]), as_bool(m[3]), bool(m[2]) == field.startswith("un"))
+        for m in _LOOSE[field].finditer(rest)
+    ]
+    return {
+        said if said is None or same else not said
+        for quoted, said, same in found
+        if quoted or said is not None
+    }
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-36
 def _unknown(kind, text): return Verdict(None, f"{kind}: {text.strip()[:80]!r}")
@@ -115,7 +140,10 @@ def read_reply(
     if None in truths: return _unknown(f"unreadable value of {field}", text)
     if len(truths) == 2: return _unknown("contradiction", text)
     why = next((v for k, v in said if k == "explanation"), "")
-    return Verdict(truths.pop(), (why if isinstance(why, str) else json.dumps(why)).encode("utf-8", "replace").decode())
+    return Verdict(
+        truths.pop(),
+        (why if isinstance(why, str) else json.dumps(why)).encode("utf-8", "replace").decode(),
+    )
 
 # %% ../../nbs/rubrics/grade.ipynb #cell-44
 @dataclass
@@ -143,15 +171,32 @@ class LMGrader:
         order: str = "printed",                # or "shared": see `grading_prompt`
         typed: bool = True,                    # False: the unified question
     ):
-        if type(retries) is not int or retries < 0: raise UserError(f"LMGrader: retries is {retries!r}; it is a whole number, at least 0")
-        self.model, self.sampling, self.retries, self.retry_temperature, self.constrain = model, sampling, retries, retry_temperature, constrain
-        self.order, self.typed, self.report = choose(order, ORDERS, "order of a grading prompt"), typed, GradeReport()
+        if type(retries) is not int or retries < 0:
+            raise UserError(f"LMGrader: retries is {retries!r}; it is a whole number, at least 0")
+        self.model, self.sampling, self.retries, self.retry_temperature, self.constrain = (
+            model,
+            sampling,
+            retries,
+            retry_temperature,
+            constrain,
+        )
+        self.order, self.typed, self.report = (
+            choose(order, ORDERS, "order of a grading prompt"),
+            typed,
+            GradeReport(),
+        )
         self.patience = None      # a `Patience` of the run's: it stops a grader that is never usable
 
     def _sampling(self, attempt, field):
         "How replies are drawn in this round."
         s = replace(self.sampling, schema=reply_schema(field)) if self.constrain else self.sampling
-        return replace(s, seed=s.seed + attempt, temperature=max(s.temperature, self.retry_temperature)) if attempt else s
+        return (
+            replace(
+                s, seed=s.seed + attempt, temperature=max(s.temperature, self.retry_temperature)
+            )
+            if attempt
+            else s
+        )
 
     def _verdict(self, completion, field, report):
         "The verdict in a completion. Unknown after an error, and when the reply was cut: what stands there may be a draft."
@@ -174,8 +219,14 @@ def ask(self: LMGrader,
     out, fields = {}, [field_of(c, self.typed) for _, _, c in questions]
     for kind in sorted(set(fields)) if self.constrain else [None][:len(questions)]:
         some = [i for i, f in enumerate(fields) if kind in (None, f)]
-        replies = self.model.chat([grading_prompt(*questions[i], self.order, self.typed) for i in some], self._sampling(attempt, kind))
-        if len(replies) != len(some): raise RuntimeError(f"{self.model.name} gave {len(replies)} completions for {len(some)} dialogues")
+        replies = self.model.chat(
+            [grading_prompt(*questions[i], self.order, self.typed) for i in some],
+            self._sampling(attempt, kind),
+        )
+        if len(replies) != len(some):
+            raise RuntimeError(
+                f"{self.model.name} gave {len(replies)} completions for {len(some)} dialogues"
+            )
         out |= {i: self._verdict(r, fields[i], mine) for i, r in zip(some, replies)}
     (self.report if report is None else report).add(mine)
     useless = [v.explanation for v in out.values() if v.met is None]
@@ -187,11 +238,15 @@ def _questions(items):
     "Per item its (conversation, answer, criterion) triples, one per criterion; a `UserError` names the item that is no such thing."
     out = []
     for i, item in enumerate(items):
-        if not isinstance(item, (tuple, list)) or len(item) != 3: raise UserError(f"item {i} is no triple (conversation, answer, rubric)")
+        if not isinstance(item, (tuple, list)) or len(item) != 3:
+            raise UserError(f"item {i} is no triple (conversation, answer, rubric)")
         conversation, answer, rubric = item
-        if isinstance(conversation, str) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in conversation):
+        if isinstance(conversation, str) or not all(
+            isinstance(m, dict) and {"role", "content"} <= set(m) for m in conversation
+        ):
             raise UserError(f"item {i}: the conversation is no list of messages with role and content")
-        if not isinstance(answer, str): raise UserError(f"item {i}: the answer is of type {type(answer).__name__}; it is a str")
+        if not isinstance(answer, str):
+            raise UserError(f"item {i}: the answer is of type {type(answer).__name__}; it is a str")
         out.append([(conversation, answer, c) for c in rubric])
     return out
 
@@ -209,8 +264,12 @@ def grade(self: LMGrader,
         report.retries += len(pending) if attempt else 0
         for i, v in zip(pending, self.ask([questions[i] for i in pending], attempt, report)): verdicts[i] = v
         pending = [i for i in pending if verdicts[i].met is None]
-    for i in pending: verdicts[i] = Verdict(None, f"no usable verdict in {self.retries + 1} tries; the last: {verdicts[i].explanation}")
+    for i in pending:
+        verdicts[i] = Verdict(
+            None,
+            f"no usable verdict in {self.retries + 1} tries; the last: {verdicts[i].explanation}",
+        )
     report.verdicts, report.unknown = len(verdicts), sum(v.met is None for v in verdicts)
-    self.report.add(report)                                       # at once: what other threads grade is counted apart
+    self.report.add(report)  # at once: what other threads grade is counted apart
     it = iter(verdicts)
     return [[next(it) for _ in group] for group in grouped]

@@ -13,7 +13,8 @@ from ..clinic.synthesize import Style, complaint, consultation
 from ..core.errors import UserError
 from ..lm.chat import ChatModel, Sampling
 from ..lm.reply import AskReport, Unusable, ask_until, read_json
-from .generate import Failure, Source, excerpt, from_case, from_dialogue, from_question, persona_text, sections
+from .generate import (
+    Failure, Source, excerpt, from_case, from_dialogue, from_question, persona_text, sections)
 from .rubric import DIMENSIONS, SCENARIO_TAGS
 
 # %% ../../nbs/rubrics/prompts.ipynb #cell-6
@@ -23,14 +24,22 @@ def from_records(
     "One prompt a record."
     return [from_case(c) for c in cases]
 
-_QUESTIONS = dict(tests="What is done to find out whether somebody has {}?", treatments="How is {} treated, and what rules a treatment out?", red_flags="When must somebody with {} see a doctor at once?",
-                  advice="What can somebody with {} do at home, and what must they not do?")
+_QUESTIONS = dict(
+    tests="What is done to find out whether somebody has {}?",
+    treatments="How is {} treated, and what rules a treatment out?",
+    red_flags="When must somebody with {} see a doctor at once?",
+    advice="What can somebody with {} do at home, and what must they not do?",
+)
 
 def from_knowledge(
     conditions,   # of `Condition`
 ) -> list[Source]:
     "Questions that a page of a knowledge base answers."
-    return [from_question(q.format(c.name), f"{c.name}: {k}", knowledge=excerpt(c)) for c in conditions for k, q in _QUESTIONS.items()]
+    return [
+        from_question(q.format(c.name), f"{c.name}: {k}", knowledge=excerpt(c))
+        for c in conditions
+        for k, q in _QUESTIONS.items()
+    ]
 
 def from_scenarios(
     cases,                # of `Case`, with conditions of the knowledge base
@@ -39,10 +48,17 @@ def from_scenarios(
     "Synthetic scenarios: half of the cases as an opening message, half as a slice of a consultation."
     out = []
     for i, c in enumerate(cases):
-        if i % 2: out.append(from_question(complaint(c), f"{c.id}: opening", persona_text(c)))
+        if i % 2:
+            out.append(from_question(complaint(c), f"{c.id}: opening", persona_text(c)))
         else:
-            talk = consultation(c, Style(), rng)[1:-1]           # without the instructions and without the answer
-            out.append(from_dialogue(talk[:rng.randrange(1, len(talk) + 1, 2)], f"{c.id}: slice", persona_text(c)))
+            talk = consultation(c, Style(), rng)[
+                1:-1
+            ]  # without the instructions and without the answer
+            out.append(
+                from_dialogue(
+                    talk[: rng.randrange(1, len(talk) + 1, 2)], f"{c.id}: slice", persona_text(c)
+                )
+            )
     return out
 
 # %% ../../nbs/rubrics/prompts.ipynb #cell-9
@@ -62,8 +78,22 @@ def write_scenarios(
         said = read_json(text)[0][-1].get("message")
         if not isinstance(said, str) or not said.strip(): raise Unusable(f"no message: {text.strip()[:80]!r}")
         return from_question(said.strip(), f"{cases[i].id}: scenario", persona_text(cases[i])), []
-    got = ask_until(model, [[dict(role="system", content=SCENARIO), dict(role="user", content=sections(from_case(c)))] for c in cases], read, sampling, report=report)
-    return [s for s in got if isinstance(s, Source)], [Failure(c.id, f"no scenario: {x}") for c, x in zip(cases, got) if isinstance(x, Unusable)]
+    got = ask_until(
+        model,
+        [
+            [
+                dict(role="system", content=SCENARIO),
+                dict(role="user", content=sections(from_case(c))),
+            ]
+            for c in cases
+        ],
+        read,
+        sampling,
+        report=report,
+    )
+    return [s for s in got if isinstance(s, Source)], [
+        Failure(c.id, f"no scenario: {x}") for c, x in zip(cases, got) if isinstance(x, Unusable)
+    ]
 
 # %% ../../nbs/rubrics/prompts.ipynb #cell-12
 def shingles(
@@ -81,8 +111,19 @@ def minhash(
 ) -> np.ndarray:       # (n, size) uint64; equal in a place with the probability of the Jaccard index
     "MinHash signatures (Broder 1997)."
     rng, prime = np.random.default_rng(seed), np.uint64(2**61 - 1)
-    a, b = rng.integers(1, 2**28, size, dtype=np.uint64), rng.integers(0, 2**60, size, dtype=np.uint64)   # a*x + b stays below 2**61
-    return np.array([((a[:, None]*np.fromiter(s, np.uint64, len(s)) + b[:, None]) % prime % np.uint64(2**31)).min(1) for s in sets])
+    a, b = rng.integers(1, 2**28, size, dtype=np.uint64), rng.integers(
+        0, 2**60, size, dtype=np.uint64
+    )  # a*x + b stays below 2**61
+    return np.array(
+        [
+            (
+                (a[:, None] * np.fromiter(s, np.uint64, len(s)) + b[:, None])
+                % prime
+                % np.uint64(2**31)
+            ).min(1)
+            for s in sets
+        ]
+    )
 
 def jaccard(
     a, b,        # sets, not both empty
@@ -97,7 +138,8 @@ def clusters(
     bands: int = 16,         # of the signature: more find more candidates
 ) -> list[list[int]]:        # the texts' numbers, cluster by cluster, in order of first appearance
     "Near duplicates, joined: whoever is near one of a cluster belongs to it."
-    if not 0 < threshold <= 1: raise UserError(f"threshold is {threshold}; it is a Jaccard index, above 0 and at most 1")
+    if not 0 < threshold <= 1:
+        raise UserError(f"threshold is {threshold}; it is a Jaccard index, above 0 and at most 1")
     sets = [shingles(t) for t in texts]
     root, where = list(range(len(sets))), {}
     def find(i):
@@ -108,7 +150,8 @@ def clusters(
         for band, part in enumerate(np.split(row, bands)):
             seen = where.setdefault((band, part.tobytes()), [])
             for j in seen:
-                if find(i) != find(j) and jaccard(sets[i], sets[j]) >= threshold: root[max(find(i), find(j))] = min(find(i), find(j))
+                if find(i) != find(j) and jaccard(sets[i], sets[j]) >= threshold:
+                    root[max(find(i), find(j))] = min(find(i), find(j))
             seen.append(i)
     out = {}
     for i in range(len(sets)): out.setdefault(find(i), []).append(i)
@@ -125,7 +168,10 @@ def read_scores(
     "What the scorer says; a dimension that it leaves out is a fault, a check that it leaves out is not failed."
     said = read_json(text)[0][-1]
     scores, checks = said["scores"], said.get("checks") or {}
-    if missing := [d for d in DIMENSIONS if type(scores.get(d)) is not int or not 0 <= scores[d] <= 5]: raise Unusable(f"no score from 0 to 5 for {missing[0]}")
+    if missing := [
+        d for d in DIMENSIONS if type(scores.get(d)) is not int or not 0 <= scores[d] <= 5
+    ]:
+        raise Unusable(f"no score from 0 to 5 for {missing[0]}")
     return ({d: scores[d] for d in DIMENSIONS}, [t for t in SCENARIO_TAGS if checks.get(t) is False]), []
 
 def score_prompts(
@@ -134,7 +180,16 @@ def score_prompts(
     report: AskReport = None,# where to count
 ) -> list:                   # per source (scores, failed checks), or an `Unusable`
     "Scores of prompts."
-    return ask_until(model, [[dict(role="system", content=SCORER), dict(role="user", content=sections(s))] for s in sources], lambda t, i: read_scores(t), Sampling(temperature=0, max_tokens=512), report=report)
+    return ask_until(
+        model,
+        [
+            [dict(role="system", content=SCORER), dict(role="user", content=sections(s))]
+            for s in sources
+        ],
+        lambda t, i: read_scores(t),
+        Sampling(temperature=0, max_tokens=512),
+        report=report,
+    )
 
 # %% ../../nbs/rubrics/prompts.ipynb #cell-20
 def select(
@@ -148,11 +203,18 @@ def select(
     sources, fails, kept, good = list(sources), [], [], []
     for c in clusters([s.text for s in sources], threshold):
         best = max(c, key=lambda i: len(sources[i].text))
-        kept.append(sources[best]); fails += [Failure(sources[i].id, f"near duplicate of {sources[best].id}") for i in c if i != best]
+        kept.append(sources[best])
+        fails += [
+            Failure(sources[i].id, f"near duplicate of {sources[best].id}") for i in c if i != best
+        ]
     for s, got in zip(kept, score_prompts(model, kept, report)):
         if isinstance(got, Unusable): fails.append(Failure(s.id, f"no usable score: {got}")); continue
         mean = sum(got[0].values())/len(got[0])
-        why = f"fails {', '.join(got[1])}" if got[1] else f"mean score {mean:.1f} is below {least}" if mean < least else ""
+        why = (
+            f"fails {', '.join(got[1])}"
+            if got[1]
+            else f"mean score {mean:.1f} is below {least}" if mean < least else ""
+        )
         if why: fails.append(Failure(s.id, why))
         else: good.append(s)
     return good, fails

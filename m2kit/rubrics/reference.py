@@ -14,10 +14,20 @@ from ..core.errors import UserError
 from .rubric import Criterion, Rubric, Verdict
 
 # %% ../../nbs/rubrics/reference.ipynb #cell-6
-WORDS = dict(diagnosis="Names {} as the diagnosis", test="Asks for {}", treatment="Recommends {} as treatment",
-             red_flag="Tells the patient to return for {}", advice="Advises the patient to {}")
-DIMENSION = dict(diagnosis="diagnostic accuracy", test="consultation logic", treatment="treatment rationality",
-                 red_flag="medical ethics and safety", advice="communication and empathy")
+WORDS = dict(
+    diagnosis="Names {} as the diagnosis",
+    test="Asks for {}",
+    treatment="Recommends {} as treatment",
+    red_flag="Tells the patient to return for {}",
+    advice="Advises the patient to {}",
+)
+DIMENSION = dict(
+    diagnosis="diagnostic accuracy",
+    test="consultation logic",
+    treatment="treatment rationality",
+    red_flag="medical ethics and safety",
+    advice="communication and empathy",
+)
 
 def said(
     kind: str,      # kind of clause
@@ -26,7 +36,12 @@ def said(
 ) -> Criterion:
     "A criterion that is met when such a clause is in the answer."
     dimension = "medical ethics and safety" if points < 0 else DIMENSION[kind]
-    return Criterion(points=points, text=WORDS[kind].format(item), dimension=dimension, tags=(f"said:{kind}:{item}",))
+    return Criterion(
+        points=points,
+        text=WORDS[kind].format(item),
+        dimension=dimension,
+        tags=(f"said:{kind}:{item}",),
+    )
 
 def said_other(
     kind: str,      # kind of clause, or "other" for sentences that say nothing one can make out
@@ -44,14 +59,32 @@ def reference_rubric(
 ) -> Rubric:
     "What the knowledge base asks of an answer to the case: points for the plan, points off for harm."
     c = conditions().get(case.medical.condition)
-    if c is None: raise UserError(f"case {case.id}: its condition {case.medical.condition!r} is not in the knowledge base, so it has no reference rubric; write one, or generate it")
+    if c is None:
+        raise UserError(
+            f"case {case.id}: its condition {case.medical.condition!r} is not in the knowledge"
+            " base, so it has no reference rubric; write one, or generate it"
+        )
     points = {x.name: x.points for x in (*c.tests, *c.treatments, *c.red_flags, *c.advice)}
     barred = [k for k in c.contraindications if k.fact in case.medical.facts]
-    points |= {k.instead: points.get(k.instead, points[k.treatment]) for k in barred}       # an alternative is worth what it stands in for
+    points |= {
+        k.instead: points.get(k.instead, points[k.treatment]) for k in barred
+    }  # an alternative is worth what it stands in for
     good = [said(kind, item, 10 if kind == "diagnosis" else points[item]) for kind, item in plan(case)]
-    bad = [*(said("treatment", t, -9) for t in dict.fromkeys(k.treatment for k in barred)), *(said("advice", u.name, u.points) for u in c.unsafe),
-           said_other("diagnosis", [c.name], -8, f"Names a diagnosis other than {c.name}"), said_other("other", [], -5, "Says something that makes no sense"),
-           *(said_other(kind, [*(i for k, i in plan(case) if k == kind), *(b.treatment for b in barred)], -5, f"Recommends a {kind} that the condition does not call for") for kind in ("test", "treatment"))]
+    bad = [
+        *(said("treatment", t, -9) for t in dict.fromkeys(k.treatment for k in barred)),
+        *(said("advice", u.name, u.points) for u in c.unsafe),
+        said_other("diagnosis", [c.name], -8, f"Names a diagnosis other than {c.name}"),
+        said_other("other", [], -5, "Says something that makes no sense"),
+        *(
+            said_other(
+                kind,
+                [*(i for k, i in plan(case) if k == kind), *(b.treatment for b in barred)],
+                -5,
+                f"Recommends a {kind} that the condition does not call for",
+            )
+            for kind in ("test", "treatment")
+        ),
+    ]
     return Rubric(case.id, (*good, *bad))
 
 # %% ../../nbs/rubrics/reference.ipynb #cell-13

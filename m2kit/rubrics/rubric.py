@@ -14,8 +14,15 @@ from ..core.errors import UserError, choose, markdown_text
 from ..core.files import Once, json_values
 
 # %% ../../nbs/rubrics/rubric.ipynb #cell-8
-DIMENSIONS = ("diagnostic accuracy", "consultation logic", "treatment rationality", "communication and empathy",
-              "medical ethics and safety", "evidence citation", "clarity and structure")
+DIMENSIONS = (
+    "diagnostic accuracy",
+    "consultation logic",
+    "treatment rationality",
+    "communication and empathy",
+    "medical ethics and safety",
+    "evidence citation",
+    "clarity and structure",
+)
 
 SCENARIO_TAGS = ("medical accuracy", "response completeness", "follow-up awareness", "instruction adherence",
                  "coherence", "intent clarification", "arbitrary assertions", "contextual consistency")
@@ -28,11 +35,18 @@ def criterion_fault(
     tags=(),         # should be a list or tuple of str
 ) -> str | None:     # one line with the way out; None when all is well
     "What is wrong with these fields of a criterion, if anything."
-    if not isinstance(text, str) or not text.strip(): return f"the text is {text!r}; say what the answer should do"
-    if type(points) is not int: return f"points are {points!r}, a {type(points).__name__}; write a whole number from -10 to 10"
-    if not -10 <= points <= 10 or not points: return f"points are {points}; they go from -10 to 10 and are not 0"
-    if not isinstance(dimension, str): return f"the dimension is {dimension!r}; write a text, for example {DIMENSIONS[0]!r}"
-    if not isinstance(tags, (list, tuple)) or not all(isinstance(t, str) for t in tags): return f"tags are {tags!r}; write a list of texts"
+    if not isinstance(text, str) or not text.strip():
+        return f"the text is {text!r}; say what the answer should do"
+    if type(points) is not int:
+        return (
+            f"points are {points!r}, a {type(points).__name__}; write a whole number from -10 to 10"
+        )
+    if not -10 <= points <= 10 or not points:
+        return f"points are {points}; they go from -10 to 10 and are not 0"
+    if not isinstance(dimension, str):
+        return f"the dimension is {dimension!r}; write a text, for example {DIMENSIONS[0]!r}"
+    if not isinstance(tags, (list, tuple)) or not all(isinstance(t, str) for t in tags):
+        return f"tags are {tags!r}; write a list of texts"
 
 # %% ../../nbs/rubrics/rubric.ipynb #cell-14
 @dataclass(frozen=True, slots=True)
@@ -61,7 +75,10 @@ def read_criterion(
     if not isinstance(d, dict): raise UserError(f"a criterion is {d!r}; write an object with points and text")
     for k in d: choose(k, [f.name for f in fields(Criterion)], "field of a criterion")
     for k in ("points", "text"):
-        if k not in d: raise UserError(f"a criterion has no {k}: {json.dumps(d, ensure_ascii=False)[:80]}; add the field")
+        if k not in d:
+            raise UserError(
+                f"a criterion has no {k}: {json.dumps(d, ensure_ascii=False)[:80]}; add the field"
+            )
     return Criterion(**d)
 
 # %% ../../nbs/rubrics/rubric.ipynb #cell-20
@@ -71,18 +88,41 @@ class Rubric:
     id: str                                                            # names the rubric in every message
     criteria: tuple                                                    # of `Criterion`
     points: tuple = field(init=False, repr=False, compare=False)       # of int, in the order of the criteria
-    best: int = field(init=False, repr=False, compare=False)           # the sum of the positive points, at least 1
+    best: int = field(
+        init=False, repr=False, compare=False
+    )  # the sum of the positive points, at least 1
 
     def __post_init__(self):
-        if not isinstance(self.id, str) or not self.id: raise UserError(f"a rubric's id is {self.id!r}; give it a name")
+        if not isinstance(self.id, str) or not self.id:
+            raise UserError(f"a rubric's id is {self.id!r}; give it a name")
         cs, seen = tuple(self.criteria), {}
-        if not cs: raise UserError(f"rubric {self.id} is empty; add at least one criterion with positive points")
+        if not cs:
+            raise UserError(
+                f"rubric {self.id} is empty; add at least one criterion with positive points"
+            )
         for i, c in enumerate(cs, 1):
-            if not isinstance(c, Criterion): raise UserError(f"rubric {self.id}: criterion {i} is {c!r:.60}; make it a Criterion(points, text)")
+            if not isinstance(c, Criterion):
+                raise UserError(
+                    f"rubric {self.id}: criterion {i} is {c!r:.60}; make it a Criterion(points,"
+                    " text)"
+                )
             j = seen.setdefault(" ".join(c.text.lower().split()), i)
-            if j != i: raise UserError(f"rubric {self.id}: criteria {j} and {i} say the same, {c.text[:60]!r}; remove one of them")
-        for k, v in dict(criteria=cs, points=tuple(c.points for c in cs), best=sum(c.points for c in cs if c.positive)).items(): object.__setattr__(self, k, v)
-        if not self.best: raise UserError(f"rubric {self.id} has no positive points, so there is nothing to divide by; add a criterion for something good")
+            if j != i:
+                raise UserError(
+                    f"rubric {self.id}: criteria {j} and {i} say the same, {c.text[:60]!r}; remove"
+                    " one of them"
+                )
+        for k, v in dict(
+            criteria=cs,
+            points=tuple(c.points for c in cs),
+            best=sum(c.points for c in cs if c.positive),
+        ).items():
+            object.__setattr__(self, k, v)
+        if not self.best:
+            raise UserError(
+                f"rubric {self.id} has no positive points, so there is nothing to divide by; add a"
+                " criterion for something good"
+            )
 
     def __len__(self): return len(self.criteria)
     def __iter__(self): return iter(self.criteria)
@@ -106,7 +146,10 @@ def read_rubric(
 ) -> Rubric:
     "The rubric that `d` describes; a `UserError` names the rubric and the number of the criterion that is wrong."
     if not isinstance(d, dict) or set(d) != {"id", "criteria"} or not isinstance(d["criteria"], list):
-        raise UserError(f"a rubric is an object with exactly an id and a list of criteria, not {json.dumps(d, ensure_ascii=False)[:80]}")
+        raise UserError(
+            "a rubric is an object with exactly an id and a list of criteria, not"
+            f" {json.dumps(d, ensure_ascii=False)[:80]}"
+        )
     def read(i, c):      # the i-th criterion, with its number in the message
         try:
             c = read_criterion(c)
@@ -183,7 +226,10 @@ def score(
 ) -> float | None:       # None when no positive criterion has a known verdict
     "The score of one answer: points of the met criteria over positive points, unknown ones left out."
     if len(verdicts) != len(rubric.points):
-        raise UserError(f"rubric {rubric.id}: {len(verdicts)} verdicts for {len(rubric)} criteria; give one verdict per criterion, in their order")
+        raise UserError(
+            f"rubric {rubric.id}: {len(verdicts)} verdicts for {len(rubric)} criteria; give one"
+            " verdict per criterion, in their order"
+        )
     s = score_points(rubric.points, verdicts)
     return max(0., s) if clip and s is not None else s
 
@@ -195,7 +241,10 @@ def score_bounds(
 ) -> tuple:              # (lowest, highest), both floats; equal when all verdicts are known
     "Between which scores the answer lies, whatever the unknown verdicts would have been."
     if len(verdicts) != len(rubric.points):
-        raise UserError(f"rubric {rubric.id}: {len(verdicts)} verdicts for {len(rubric)} criteria; give one verdict per criterion, in their order")
+        raise UserError(
+            f"rubric {rubric.id}: {len(verdicts)} verdicts for {len(rubric)} criteria; give one"
+            " verdict per criterion, in their order"
+        )
     low, high = bounds_of_points(rubric.points, verdicts)
     return (max(0., low), max(0., high)) if clip else (low, high)
 
@@ -207,7 +256,11 @@ def as_markdown(
     "A Markdown table of the criteria, with their verdicts if there are any."
     vs = verdicts or [None] * len(rubric)
     head = f"| {markdown_text(rubric.id)} | points | dimension |" + (" verdict |" if verdicts else "")
-    rows = [f"| {markdown_text(c.text)} | {c.points} | {markdown_text(c.dimension)} |" + (f" {v.status} |" if v else "") for c, v in zip(rubric, vs, strict=True)]
+    rows = [
+        f"| {markdown_text(c.text)} | {c.points} | {markdown_text(c.dimension)} |"
+        + (f" {v.status} |" if v else "")
+        for c, v in zip(rubric, vs, strict=True)
+    ]
     return "\n".join([head, "|" + " --- |" * (4 if verdicts else 3)] + rows)
 
 Rubric._repr_markdown_ = as_markdown

@@ -30,8 +30,18 @@ def labelled_answers(
     rng, out = random.Random(seed), []
     while len(out) < n:
         case = draw_case(rng)
-        text, rubric = answer(case, Style(coverage=rng.uniform(.4, .95), wrong=.2, unsafe=.5), rng), reference_rubric(case)
-        if keep(case): out.append((opening(case), text, rubric.criteria, tuple(v.met for v in ClauseGrader().grade([(None, text, rubric)])[0])))
+        text, rubric = answer(
+            case, Style(coverage=rng.uniform(0.4, 0.95), wrong=0.2, unsafe=0.5), rng
+        ), reference_rubric(case)
+        if keep(case):
+            out.append(
+                (
+                    opening(case),
+                    text,
+                    rubric.criteria,
+                    tuple(v.met for v in ClauseGrader().grade([(None, text, rubric)])[0]),
+                )
+            )
     return out
 
 # %% ../../nbs/rubrics/typed.ipynb #cell-9
@@ -41,7 +51,10 @@ def _labelled(d):
     if gone: raise UserError(f"it lacks {', '.join(sorted(gone))}")
     criteria = tuple(read_criterion(c) for c in d["criteria"])
     if len(d["met"]) != len(criteria) or not all(type(m) is bool for m in d["met"]):
-        raise UserError(f"met holds {len(d['met'])} labels for {len(criteria)} criteria; write true or false for each")
+        raise UserError(
+            f"met holds {len(d['met'])} labels for {len(criteria)} criteria; write true or false"
+            " for each"
+        )
     return d["conversation"], d["answer"], criteria, tuple(d["met"])
 
 def read_labelled(
@@ -81,7 +94,12 @@ def ask_all(
     **options,                    # of `LMGrader`
 ):                                # yields (number of the answer, its dicts from `both_ways`)
     "Every item both ways, in order."
-    patience, began, n, (window, room, large) = Patience("verdicts"), time.monotonic(), len(items), lanes(model)
+    patience, began, n, (window, room, large) = (
+        Patience("verdicts"),
+        time.monotonic(),
+        len(items),
+        lanes(model),
+    )
     calls, size = 2*sum(len(cs) for _, _, cs, _ in items), 16 if large else 1
     tell(f"{n} answers with {calls//2} items, {calls} questions")
     batches = (items[i:i + size] for i in range(0, n, size))
@@ -132,9 +150,19 @@ def prompt_table(
         for form in ("typed", "unified"):
             known = lambda r, form=form: r["positive"] is sign and r[form] is not None
             acc[form] = _rate(rows, lambda r: r[form] == r["label"], known)
-            out[name][form] = dict(accuracy=_interval(acc[form], seed=seed), items=len(some), unknown=sum(r[form] is None for r in some),
-                false_alarms=_interval(_rate(rows, lambda r: r[form] is True, lambda r: known(r) and not r["label"]), seed=seed),
-                misses=_interval(_rate(rows, lambda r: r[form] is False, lambda r: known(r) and r["label"]), seed=seed))
+            out[name][form] = dict(
+                accuracy=_interval(acc[form], seed=seed),
+                items=len(some),
+                unknown=sum(r[form] is None for r in some),
+                false_alarms=_interval(
+                    _rate(rows, lambda r: r[form] is True, lambda r: known(r) and not r["label"]),
+                    seed=seed,
+                ),
+                misses=_interval(
+                    _rate(rows, lambda r: r[form] is False, lambda r: known(r) and r["label"]),
+                    seed=seed,
+                ),
+            )
         out[name]["difference"] = _interval(acc["typed"], acc["unified"], seed=seed)
     return out
 
@@ -145,13 +173,23 @@ def slipping_grader(
     seed: int = 0,      # which items
 ) -> FunctionModel:
     "A stand-in for a grader with the fault that the paper describes."
-    known = {fingerprint(*(m["content"] for m in grading_prompt(talk, text, c, typed=typed))): (c, label, typed)
-             for talk, text, cs, labels in items for c, label in zip(cs, labels) for typed in (True, False)}
+    known = {
+        fingerprint(*(m["content"] for m in grading_prompt(talk, text, c, typed=typed))): (
+            c,
+            label,
+            typed,
+        )
+        for talk, text, cs, labels in items
+        for c, label in zip(cs, labels)
+        for typed in (True, False)
+    }
     def reply(messages):
         key = fingerprint(*(m["content"] for m in messages))
         c, label, typed = known[key]
         slips = not typed and not c.positive and random.Random(f"{seed}/{key}").random() < slip
-        return json.dumps({"explanation": "", FIELD[c.positive] if typed else UNIFIED_FIELD: label is not slips})
+        return json.dumps(
+            {"explanation": "", FIELD[c.positive] if typed else UNIFIED_FIELD: label is not slips}
+        )
     return FunctionModel(reply, f"slips-{slip}")
 
 # %% ../../nbs/rubrics/typed.ipynb #cell-25

@@ -12,7 +12,8 @@ from pathlib import Path
 from ..core.errors import UserError, print_visible
 from ..core.stats import ratio_interval
 from ..simulator.fidelity import SCORES, counts, exchanges, leaks, oracle
-from ..simulator.patient import PatientSimulator, Transcript, TurnRecord, load_transcripts, save_transcripts
+from ..simulator.patient import (
+    PatientSimulator, Transcript, TurnRecord, load_transcripts, save_transcripts)
 
 # %% ../../nbs/service/consult.ipynb #cell-5
 class Consultation:
@@ -30,7 +31,11 @@ class Consultation:
     def _kept(self) -> list[TurnRecord]:
         "The turns of the transcript at `path`."
         if not (kept := load_transcripts(self.path)): return []
-        if kept[0].script != self.script.id: raise UserError(f"{self.path} holds a consultation with {kept[0].script}, and this patient is {self.script.id}; name another file")
+        if kept[0].script != self.script.id:
+            raise UserError(
+                f"{self.path} holds a consultation with {kept[0].script}, and this patient is"
+                f" {self.script.id}; name another file"
+            )
         return list(kept[0].turns)
 
     @property
@@ -40,7 +45,13 @@ class Consultation:
     def transcript(self) -> Transcript:
         "Everything said and decided so far."
         ended = "doctor" if not self.over else self.turns[-1].gate.trigger or "end"
-        return Transcript(self.script.id, "you", tuple(self.turns), ended, {unit: m.name for unit, m in self.sim.models.items()})
+        return Transcript(
+            self.script.id,
+            "you",
+            tuple(self.turns),
+            ended,
+            {unit: m.name for unit, m in self.sim.models.items()},
+        )
 
 # %% ../../nbs/service/consult.ipynb #cell-6
 from fastcore.basics import patch
@@ -64,7 +75,10 @@ def scores(self: Consultation) -> dict[str, float | None]: # shares in [0, 1] by
     "Privacy, Fact and Personification so far."
     said = exchanges(self.transcript)
     if not said: return dict.fromkeys(SCORES)
-    if not self.judge: return dict.fromkeys(SCORES) | dict(privacy=sum(not leaks(self.script, *x) for x in said)/len(said))
+    if not self.judge:
+        return dict.fromkeys(SCORES) | dict(
+            privacy=sum(not leaks(self.script, *x) for x in said) / len(said)
+        )
     found = counts(self.judge([(self.script, said)])[0])
     return {k: None if (v := ratio_interval([found[k]], resamples=1)[0]) != v else v for k in SCORES}
 
@@ -76,13 +90,26 @@ def decisions(
     r: TurnRecord, # a turn
 ) -> list[str]:    # lines
     "What the units decided, for a terminal."
-    out = [f"      draft: {s.text}  <- {', '.join(f'{f.kind}: {f.span}' for f in s.check.faults)}; {s.done}" for s in r.steps if s.check and s.check.faults]
+    out = [
+        f"      draft: {s.text}  <- {', '.join(f'{f.kind}: {f.span}' for f in s.check.faults)};"
+        f" {s.done}"
+        for s in r.steps
+        if s.check and s.check.faults
+    ]
     out += [f"      {t}" for t in r.troubles]
     if r.reply is not None: out.append(f"patient> {r.reply}")
     checked = r.steps and r.steps[-1].check
-    verdict = "nobody checked" if not checked else "unreadable check" if checked.error else "clear" if not checked.faults else r.action
+    verdict = (
+        "nobody checked"
+        if not checked
+        else "unreadable check" if checked.error else "clear" if not checked.faults else r.action
+    )
     gate = f"stops: {r.gate.trigger}" if r.gate.stop else "the patient ends it" if r.ended else "goes on"
-    return out + [f"      gate: {gate}" + (f" · checker: {verdict}" if r.reply is not None else "") + f" · {sum(r.seconds.values()):.1f} s"]
+    return out + [
+        f"      gate: {gate}"
+        + (f" · checker: {verdict}" if r.reply is not None else "")
+        + f" · {sum(r.seconds.values()):.1f} s"
+    ]
 
 def shown(
     scores: dict, # as `scores` gives them
@@ -148,8 +175,13 @@ def consult(
 ) -> Transcript:
     "A consultation in the terminal."
     m = consultation.script.case.medical
-    tell(f"You are the doctor. In comes {consultation.script.id}: {', '.join(x for x in (m.sex, f'{m.age} years' if m.age is not None else '') if x) or 'a patient'}. Not medical advice; all of it is invented.\n{HELP}\n")
-    for r in consultation.turns: tell(f"doctor>  {r.doctor}\npatient> {r.reply}")   # of a consultation that goes on
+    tell(
+        f"You are the doctor. In comes {consultation.script.id}:"
+        f" {', '.join(x for x in (m.sex, f'{m.age} years' if m.age is not None else '') if x) or 'a patient'}."
+        f" Not medical advice; all of it is invented.\n{HELP}\n"
+    )
+    for r in consultation.turns:
+        tell(f"doctor>  {r.doctor}\npatient> {r.reply}")  # of a consultation that goes on
     if not consultation.over: talk(consultation, typed() if lines is None else lines, tell)
     for line in farewell(consultation): tell(line)
     return consultation.transcript
@@ -171,7 +203,12 @@ def open_simulator(
     patient = open_model(model, log, tell(model))
     other = patient if spec == model else open_model(spec, log, tell(spec))
     checking = FactualUnit(other, at_once=1 if spec.startswith("tiny:") else None)     # see there
-    return PatientSimulator(patient, gate=other, checker=checking, sampling=Sampling(temperature=.7, max_tokens=96, seed=seed))
+    return PatientSimulator(
+        patient,
+        gate=other,
+        checker=checking,
+        sampling=Sampling(temperature=0.7, max_tokens=96, seed=seed),
+    )
 
 # %% ../../nbs/service/consult.ipynb #cell-32
 def page(
@@ -180,7 +217,11 @@ def page(
 ) -> str:                        # HTML
     "The table of turns and the scores."
     import html
-    table = consultation.transcript._repr_html_() if consultation.turns else f"<p>{html.escape(consultation.script.id)} waits for your first question.</p>"
+    table = (
+        consultation.transcript._repr_html_()
+        if consultation.turns
+        else f"<p>{html.escape(consultation.script.id)} waits for your first question.</p>"
+    )
     return f"{table}<p><b>{html.escape(shown(consultation.scores()))}</b></p><p>{html.escape(note)}</p>"
 
 def widget(
@@ -189,14 +230,24 @@ def widget(
     "Consult in a notebook."
     from m2kit.core.errors import require
     w = require("ipywidgets", "dev")
-    out, line = w.HTML(page(consultation)), w.Text(placeholder="your question", continuous_update=False, layout=w.Layout(width="70%"))
+    out, line = w.HTML(page(consultation)), w.Text(
+        placeholder="your question", continuous_update=False, layout=w.Layout(width="70%")
+    )
     send, hint = w.Button(description="Say", button_style="primary"), w.Button(description="Hint")
     def go(_):
         "Say what is typed."
         try: consultation.say(line.value); note = "The consultation is over." if consultation.over else ""
         except UserError as e: note = str(e)
         line.value, out.value, send.disabled = "", page(consultation, note), consultation.over
-    def help(_): line.value = next((h for h in hints(consultation.script) if h not in [t.doctor for t in consultation.turns]), "")
+    def help(_):
+        line.value = next(
+            (
+                h
+                for h in hints(consultation.script)
+                if h not in [t.doctor for t in consultation.turns]
+            ),
+            "",
+        )
     line.on_submit(go)         # Enter alone; `observe` would fire when the line loses the focus, too
     send.on_click(go); hint.on_click(help)
     return w.VBox([out, w.HBox([line, send, hint])])

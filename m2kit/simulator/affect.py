@@ -47,7 +47,13 @@ def affect_messages(
     flip = dict(user="assistant", assistant="user")
     talk = [dict(role=flip[m["role"]], content=m["content"]) for m in dialogue]
     if not talk or talk[0]["role"] == "assistant": talk.insert(0, dict(role="user", content=GREETING))
-    return [dict(role="system", content=f"{block or PATIENT}\n\n{script.text(persona=persona, private=True)}"), *talk]
+    return [
+        dict(
+            role="system",
+            content=f"{block or PATIENT}\n\n{script.text(persona=persona, private=True)}",
+        ),
+        *talk,
+    ]
 
 # %% ../../nbs/simulator/affect.ipynb #cell-12
 _TITLES = "".join(rf"(?<!\b{t}\.)" for t in ("Dr", "Mr", "Ms", "Mrs", "St", "Prof", "e\\.g", "i\\.e"))
@@ -77,32 +83,47 @@ def writing(
 def _foreign(text, doctor):
     w, known = writing(text), writing(doctor)
     strange = Counter({k: n for k, n in w.items() if k not in known})
-    if known and 2*strange.total() > w.total(): return f"written in {strange.most_common(1)[0][0].lower()} letters", ""
+    if known and 2 * strange.total() > w.total():
+        return f"written in {strange.most_common(1)[0][0].lower()} letters", ""
 
 # %% ../../nbs/simulator/affect.ipynb #cell-18
-_MARK = re.compile(r"<\|[^|>]{0,30}\|?>|</?(?:think|start_of_turn|end_of_turn|s)>|\[/?INST\]|(?:^|(?<=[.!?…])\s)\W*(?:doctor|dr|physician|nurse|user|assistant|system|human|patient)\W{0,3}:", re.I | re.M)
+_MARK = re.compile(
+    r"<\|[^|>]{0,30}\|?>|</?(?:think|start_of_turn|end_of_turn|s)>|\[/?INST\]|(?:^|(?<=[.!?…])\s)\W*(?:doctor|dr|physician|nurse|user|assistant|system|human|patient)\W{0,3}:",
+    re.I | re.M,
+)
 _TAG = re.compile(r"^\W*(?:patient|user|assistant)\W{0,3}:\W*", re.I)
 
 def _json(text, doctor):
     bare = text.strip().removeprefix("```json").strip("` \n")
     try: other = bare == "null" or (bare.startswith("[") and isinstance(json.loads(bare), list))
     except (ValueError, RecursionError): other = False
-    if other or (bare.startswith("{") and json_objects(bare)[0]): return f"JSON instead of speech: {text.strip()[:40]!r}", ""
+    if other or (bare.startswith("{") and json_objects(bare)[0]):
+        return f"JSON instead of speech: {text.strip()[:40]!r}", ""
 
 def _marker(text, doctor):
     own = _TAG.match(text)
     m = _MARK.search(text, own.end() if own else 0)
-    if own or m: return f"the mark {(m or own)[0].strip()!r}", text[own.end() if own else 0:m.start() if m else None].strip()
+    if own or m:
+        return (
+            f"the mark {(m or own)[0].strip()!r}",
+            text[own.end() if own else 0 : m.start() if m else None].strip(),
+        )
 
 # %% ../../nbs/simulator/affect.ipynb #cell-21
-_AS_DOCTOR = re.compile(r"\bas your (?:doctor|physician)\b|\bI(?:'m| am) (?:your|the) (?:doctor|physician)\b|\bI(?:'d| would|'ll| will)? (?:recommend|prescribe|advise) (?:you|that you)\b"
-                        r"|\b(?:I(?:'d| would) like to|let me) examine you\b|\byour (?:diagnosis|test results?|x-ray) (?:is|are|shows?)\b", re.I)
+_AS_DOCTOR = re.compile(
+    r"\bas your (?:doctor|physician)\b|\bI(?:'m| am) (?:your|the) (?:doctor|physician)\b|\bI(?:'d|"
+    r" would|'ll| will)? (?:recommend|prescribe|advise) (?:you|that you)\b"
+    r"|\b(?:I(?:'d| would) like to|let me) examine you\b|\byour (?:diagnosis|test results?|x-ray)"
+    r" (?:is|are|shows?)\b",
+    re.I,
+)
 
 def _doctor(text, doctor):
     said, words = normal(text), normal(doctor)
     if len(words.split()) >= 4 and said == words: return "the doctor's own words", ""
     kept = [s for s in sentences(text) if not _AS_DOCTOR.search(s)]
-    if len(kept) < len(sentences(text)): return f"speaks as the doctor: {_AS_DOCTOR.search(text)[0]!r}", " ".join(kept)
+    if len(kept) < len(sentences(text)):
+        return f"speaks as the doctor: {_AS_DOCTOR.search(text)[0]!r}", " ".join(kept)
 
 # %% ../../nbs/simulator/affect.ipynb #cell-24
 @dataclass(frozen=True)
@@ -127,7 +148,14 @@ def _length(text, cut, max_words):
         whole = sentences(text)
         text = " ".join(whole if re.search(r"[.!?…。！？][\"'”)]*$", text.strip()) else whole[:-1])
         found.append(("cut", "cut at max_tokens", text))
-    if len(text.split()) > max_words: found.append(("long", f"{len(text.split())} words, {max_words} allowed", _first_words(text, max_words)))
+    if len(text.split()) > max_words:
+        found.append(
+            (
+                "long",
+                f"{len(text.split())} words, {max_words} allowed",
+                _first_words(text, max_words),
+            )
+        )
     return found
 
 # %% ../../nbs/simulator/affect.ipynb #cell-26
@@ -136,7 +164,11 @@ RULES = dict(json=_json, marker=_marker, doctor=_doctor, script=_foreign)
 def _end_mark(text, ends):
     "Text before the mark, faults, and whether it ended."
     if END not in text: return text, [], False
-    return text.partition(END)[0].strip() if ends else text.replace(END, " "), [] if ends else [("end", f"wrote {END}")], ends
+    return (
+        text.partition(END)[0].strip() if ends else text.replace(END, " "),
+        [] if ends else [("end", f"wrote {END}")],
+        ends,
+    )
 
 def hear(
     completion: Completion, # of the patient's model
@@ -148,10 +180,23 @@ def hear(
     if not completion.ok: return Heard("", (("error", str(completion.error)),))
     text, faults, ended = _end_mark(completion.text, ends)
     for kind, rule in RULES.items():
-        if (found := rule(text, doctor if kind == "script" else doctor.rpartition("\n")[2])): faults.append((kind, found[0])); text = found[1]
-    for kind, detail, text in _length(text, completion.finish == "length", max_words): faults.append((kind, detail))
+        if found := rule(text, doctor if kind == "script" else doctor.rpartition("\n")[2]):
+            faults.append((kind, found[0]))
+            text = found[1]
+    for kind, detail, text in _length(text, completion.finish == "length", max_words):
+        faults.append((kind, detail))
     if not re.search(r"\w", text): text = ""
-    if not text and not ended and not faults: faults.append(("empty", "the model wrote nothing" if not completion.text.strip() else f"no word in {completion.text.strip()[:30]!r}"))
+    if not text and not ended and not faults:
+        faults.append(
+            (
+                "empty",
+                (
+                    "the model wrote nothing"
+                    if not completion.text.strip()
+                    else f"no word in {completion.text.strip()[:30]!r}"
+                ),
+            )
+        )
     return Heard(" ".join(text.split()), tuple(faults), ended)
 
 # %% ../../nbs/simulator/affect.ipynb #cell-29
@@ -175,16 +220,34 @@ class AffectiveUnit:
         redraws: int = 1,             # how often an unusable draft is drawn again, at least 0
         max_words: int = 120,         # longest reply
     ):
-        if type(redraws) is not int or redraws < 0: raise UserError(f"AffectiveUnit: redraws is {redraws!r}; it is a whole number, at least 0")
-        self.model, self.block, self.persona, self.sampling, self.redraws, self.max_words = model, block, persona, sampling, redraws, max_words
+        if type(redraws) is not int or redraws < 0:
+            raise UserError(
+                f"AffectiveUnit: redraws is {redraws!r}; it is a whole number, at least 0"
+            )
+        self.model, self.block, self.persona, self.sampling, self.redraws, self.max_words = (
+            model,
+            block,
+            persona,
+            sampling,
+            redraws,
+            max_words,
+        )
 
     worst_case = property(lambda self: 1 + self.redraws, doc="Most calls to the model for a draft.")
 
 # %% ../../nbs/simulator/affect.ipynb #cell-30
 def _troubles(tries) -> tuple:
     "What was wrong with each draft, and what was done."
-    again = lambda i, heard: "drawn again" if i < len(tries) - 1 else "the rest is said" if heard.text else "nothing is left to say"
-    return tuple(Trouble("affect", kind, detail, again(i, h)) for i, h in enumerate(tries) for kind, detail in h.faults)
+    again = lambda i, heard: (
+        "drawn again"
+        if i < len(tries) - 1
+        else "the rest is said" if heard.text else "nothing is left to say"
+    )
+    return tuple(
+        Trouble("affect", kind, detail, again(i, h))
+        for i, h in enumerate(tries)
+        for kind, detail in h.faults
+    )
 
 @patch
 def draft(self: AffectiveUnit,
@@ -194,11 +257,24 @@ def draft(self: AffectiveUnit,
     attempt: int = 0,      # which draft of this turn
 ):                         # a generator that yields `Call`s and returns a `Draft`
     "Draw a reply, and again if it is none."
-    doctor = "\n".join(" ".join(m["content"].split()) for m in dialogue if m["role"] == "assistant") or GREETING
+    doctor = (
+        "\n".join(" ".join(m["content"].split()) for m in dialogue if m["role"] == "assistant")
+        or GREETING
+    )
     messages, tries = affect_messages(script, dialogue, self.block, self.persona), []
     for k in range(self.worst_case):
-        sampling = replace(self.sampling, temperature=max(self.sampling.temperature, 0.7)) if k or attempt else self.sampling
-        answer = yield Call("affect", self.model, messages, sampling, sample*STRIDE + attempt*self.worst_case + k)
+        sampling = (
+            replace(self.sampling, temperature=max(self.sampling.temperature, 0.7))
+            if k or attempt
+            else self.sampling
+        )
+        answer = yield Call(
+            "affect",
+            self.model,
+            messages,
+            sampling,
+            sample * STRIDE + attempt * self.worst_case + k,
+        )
         tries.append(hear(answer.completion, doctor, END in self.block, self.max_words))
         if not tries[-1].faults or tries[-1].ended: break
     return Draft(tries[-1].text, tries[-1].ended, tuple(tries), _troubles(tries))

@@ -59,7 +59,10 @@ class Line:
         "The model's answers."
         first = calls[0]
         out = first.model.chat([c.messages for c in calls], first.sampling, samples=[c.sample for c in calls])
-        if len(out) != len(calls): raise RuntimeError(f"{first.model.name} gave {len(out)} completions for {len(calls)} dialogues")
+        if len(out) != len(calls):
+            raise RuntimeError(
+                f"{first.model.name} gave {len(out)} completions for {len(calls)} dialogues"
+            )
         self.heard.add(id(first.model))
         return out
 
@@ -79,7 +82,17 @@ def ask(self: Line,
     except UserError as e: out = [e] if len(calls) == 1 else [self.single(c) for c in calls]
     if id(calls[0].model) not in self.heard: raise next(e for e in out if isinstance(e, UserError))
     share = (time.perf_counter() - start)/len(calls)
-    return [Answer(Completion("", finish="error", error=str(c)) if isinstance(c, UserError) else replace(c, text=legible(c.text)), share) for c in out]
+    return [
+        Answer(
+            (
+                Completion("", finish="error", error=str(c))
+                if isinstance(c, UserError)
+                else replace(c, text=legible(c.text))
+            ),
+            share,
+        )
+        for c in out
+    ]
 
 # %% ../../nbs/simulator/calls.ipynb #cell-17
 class _Tasks:
@@ -102,7 +115,8 @@ class _Tasks:
     def fullest(self):
         "The largest set of waiting generators whose calls can share a batch; among equals the one whose first member comes first."
         groups = {}
-        for i in sorted(self.waiting): groups.setdefault((id((c := self.waiting[i]).model), c.sampling), []).append(i)
+        for i in sorted(self.waiting):
+            groups.setdefault((id((c := self.waiting[i]).model), c.sampling), []).append(i)
         return max(groups.values(), key=len)
 
 # %% ../../nbs/simulator/calls.ipynb #cell-18
@@ -143,7 +157,11 @@ def freerun(
         try:
             if any(f.exception() for f in wait(futures, return_when=FIRST_EXCEPTION).done): stop.append(True)
         except BaseException: stop.append(True); raise
-    return [f.result() for f in sorted(futures, key=lambda f: f.exception() is None)] if stop else [f.result() for f in futures]
+    return (
+        [f.result() for f in sorted(futures, key=lambda f: f.exception() is None)]
+        if stop
+        else [f.result() for f in futures]
+    )
 
 # %% ../../nbs/simulator/calls.ipynb #cell-26
 def bare(model):
@@ -165,7 +183,8 @@ def drive(
     on_end=None,           # on_end(i, result)
 ) -> list:                 # what each generator returned
     "Run generators as their models want to be asked."
-    if driver not in ("auto", "lockstep", "freerun"): raise UserError(f"no driver named {driver!r} (there are: auto, freerun, lockstep)")
+    if driver not in ("auto", "lockstep", "freerun"):
+        raise UserError(f"no driver named {driver!r} (there are: auto, freerun, lockstep)")
     workers = free_workers(models)
     if driver == "freerun" or (driver == "auto" and workers): return freerun(tasks, workers or 8, on_end)
     return lockstep(tasks, on_end)

@@ -52,10 +52,15 @@ class Check:
 
 def _fault(item, sentences):
     "One named fault: a `Fault`, or what is wrong with it."
-    d = {str(k).strip().lower(): v for k, v in item} if isinstance(item, list) and all(isinstance(p, tuple) for p in item) else {}
+    d = (
+        {str(k).strip().lower(): v for k, v in item}
+        if isinstance(item, list) and all(isinstance(p, tuple) for p in item)
+        else {}
+    )
     kind, number = str(d.get("kind", "")).strip().lower(), str(d.get("sentence", "")).strip("[]. ")
     if kind not in KINDS: return f"no kind of fault is named {kind[:30]!r}"
-    if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= len(sentences): return f"there is no sentence {number[:20]!r} among {len(sentences)}"
+    if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= len(sentences):
+        return f"there is no sentence {number[:20]!r} among {len(sentences)}"
     return Fault(kind, sentences[int(number) - 1])
 
 # %% ../../nbs/simulator/facts.ipynb #cell-12
@@ -66,10 +71,21 @@ def read_check(
     "The faults in a checker's reply."
     pairs, error = read_object(completion)
     lists = [v for k, v in pairs if k == "faults"]
-    if not error and (len(lists) != 1 or not isinstance(lists[0], list)): error = "no field faults" if not lists else "the field faults holds no list" if len(lists) == 1 else "contradiction: two lists of faults"
+    if not error and (len(lists) != 1 or not isinstance(lists[0], list)):
+        error = (
+            "no field faults"
+            if not lists
+            else (
+                "the field faults holds no list"
+                if len(lists) == 1
+                else "contradiction: two lists of faults"
+            )
+        )
     if error: return Check(error=error)
     read = [_fault(x, sentences) for x in lists[0]]
-    faults = sorted({f for f in read if isinstance(f, Fault)}, key=lambda f: (sentences.index(f.span), f.kind))
+    faults = sorted(
+        {f for f in read if isinstance(f, Fault)}, key=lambda f: (sentences.index(f.span), f.kind)
+    )
     return Check(tuple(faults), next((f for f in read if isinstance(f, str)), None))
 
 # %% ../../nbs/simulator/facts.ipynb #cell-15
@@ -83,13 +99,29 @@ class FactualUnit:
         at_once: int | None = None, # sentences in a question; None: all. A small checker judges one at a time far better
         parts: int = 8,          # most questions about a draft; the last holds what remains
     ):
-        if at_once is not None and (type(at_once) is not int or at_once < 1): raise UserError(f"FactualUnit: at_once is {at_once!r}; it is a whole number, at least 1, or None for all")
-        if type(parts) is not int or parts < 1: raise UserError(f"FactualUnit: parts is {parts!r}; it is a whole number, at least 1")
-        if type(resamples) is not int or resamples < 0: raise UserError(f"FactualUnit: resamples is {resamples!r}; it is a whole number, at least 0")
-        self.model, self.resamples, self.on_error, self.sampling = model, resamples, choose(on_error, ("mark", "refuse"), "policy on_error"), sampling
+        if at_once is not None and (type(at_once) is not int or at_once < 1):
+            raise UserError(
+                f"FactualUnit: at_once is {at_once!r}; it is a whole number, at least 1, or None"
+                " for all"
+            )
+        if type(parts) is not int or parts < 1:
+            raise UserError(f"FactualUnit: parts is {parts!r}; it is a whole number, at least 1")
+        if type(resamples) is not int or resamples < 0:
+            raise UserError(
+                f"FactualUnit: resamples is {resamples!r}; it is a whole number, at least 0"
+            )
+        self.model, self.resamples, self.on_error, self.sampling = (
+            model,
+            resamples,
+            choose(on_error, ("mark", "refuse"), "policy on_error"),
+            sampling,
+        )
         self.at_once, self.parts = at_once, parts if at_once else 1
 
-    worst_case = property(lambda self: (self.resamples + 2)*self.parts, doc="Most calls to the checker in a turn: for each draft, and for the repair.")
+    worst_case = property(
+        lambda self: (self.resamples + 2) * self.parts,
+        doc="Most calls to the checker in a turn: for each draft, and for the repair.",
+    )
 
     def split(self, said: list) -> list[list]:
         "The sentences of a draft, question by question."
@@ -113,7 +145,10 @@ def calls(self: FactualUnit,
     for some in self.split(sentences(reply)):
         answer = yield Call("facts", self.model, check_messages(script, question, some), self.sampling)
         checks.append(read_check(answer.completion, some))
-    return Check(tuple(dict.fromkeys(f for c in checks for f in c.faults)), next((c.error for c in checks if c.error), None))
+    return Check(
+        tuple(dict.fromkeys(f for c in checks for f in c.faults)),
+        next((c.error for c in checks if c.error), None),
+    )
 
 @patch
 def check(self: FactualUnit,
@@ -153,7 +188,11 @@ def repaired(
 def _doubt(check, unit):
     "What to note about a check that could not be read."
     if check.error is None: return ()
-    done = "drawn again or dropped" if check.faults else "the reply passes unchecked" if unit.on_error == "mark" else "counted as a fault"
+    done = (
+        "drawn again or dropped"
+        if check.faults
+        else "the reply passes unchecked" if unit.on_error == "mark" else "counted as a fault"
+    )
     return (Trouble("facts", "unreadable", check.error, done),)
 
 @patch
@@ -167,12 +206,19 @@ def settle(self: FactualUnit,
     for attempt in range(self.resamples + 1):
         draft = yield from draw(attempt)
         troubles += draft.troubles
-        if not draft.text: return Settled("", "said" if draft.ended else "given up", tuple(steps), troubles, draft.ended)
+        if not draft.text:
+            return Settled(
+                "", "said" if draft.ended else "given up", tuple(steps), troubles, draft.ended
+            )
         check = yield from self.calls(script, question, draft.text)
         troubles += _doubt(check, self)
-        if self.passes(check): return Settled(draft.text, "said", (*steps, Step(draft.text, check)), troubles, draft.ended)
+        if self.passes(check):
+            return Settled(
+                draft.text, "said", (*steps, Step(draft.text, check)), troubles, draft.ended
+            )
         steps.append(Step(draft.text, check, "drawn again"))
-        if draft.ended: break                                          # he has taken his leave: no other draft
+        if draft.ended:
+            break  # he has taken his leave: no other draft
     return (yield from self._repair(script, question, draft, check, steps, troubles))
 
 # %% ../../nbs/simulator/facts.ipynb #cell-23

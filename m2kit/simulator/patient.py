@@ -29,18 +29,26 @@ class TurnRecord:
     "One turn of the doctor's and what the patient made of it."
     doctor: str                                   # what the doctor said
     reply: str | None                             # what the patient said; None when the dialogue had ended
-    action: str                                   # "said", "repaired", "safe", "ended" (by the patient) or "stopped" (by the gate)
+    action: str  # "said", "repaired", "safe", "ended" (by the patient) or "stopped" (by the gate)
     gate: GateDecision = GateDecision()           # what the gate decided
     steps: tuple[Step, ...] = ()                  # the drafts and what the checker said of them
     troubles: tuple[Trouble, ...] = ()            # what went wrong, by name
     ended: bool = False                           # did the patient end the consultation?
     calls: dict[str, int] = field(default_factory=dict)                       # calls to models by unit
-    seconds: dict[str, float] = field(default_factory=dict, compare=False)    # their time by unit, each call with its share of its batch
+    seconds: dict[str, float] = field(
+        default_factory=dict, compare=False
+    )  # their time by unit, each call with its share of its batch
 
     @property
     def unchecked(self) -> bool:
         "Was something said that the checker was asked about in vain?"
-        return bool(self.steps) and self.reply is not None and self.steps[-1].check is not None and self.steps[-1].check.error is not None and self.action in ("said", "repaired")
+        return (
+            bool(self.steps)
+            and self.reply is not None
+            and self.steps[-1].check is not None
+            and self.steps[-1].check.error is not None
+            and self.action in ("said", "repaired")
+        )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-8
 def metered(
@@ -74,10 +82,17 @@ class PatientSimulator:
         window: int = 40,                # messages of the dialogue that the patient sees, the last ones
     ):
         self.gate = gate if gate is None or isinstance(gate, TerminationGate) else TerminationGate(gate)
-        self.checker = checker if checker is None or isinstance(checker, FactualUnit) else FactualUnit(checker)
-        self.affect = AffectiveUnit(patient, block or (PATIENT if gate else MONOLITH), persona, sampling, redraws)
+        self.checker = (
+            checker if checker is None or isinstance(checker, FactualUnit) else FactualUnit(checker)
+        )
+        self.affect = AffectiveUnit(
+            patient, block or (PATIENT if gate else MONOLITH), persona, sampling, redraws
+        )
         for name, value in (("max_heard", max_heard), ("window", window)):
-            if type(value) is not int or value < 1: raise UserError(f"PatientSimulator: {name} is {value!r}; it is a whole number, at least 1")
+            if type(value) is not int or value < 1:
+                raise UserError(
+                    f"PatientSimulator: {name} is {value!r}; it is a whole number, at least 1"
+                )
         self.safe, self.max_heard, self.window = safe, max_heard, window
 
 # %% ../../nbs/simulator/patient.ipynb #cell-13
@@ -85,12 +100,20 @@ class PatientSimulator:
 def worst_case(self: PatientSimulator) -> dict[str, int]: # by unit
     "Most calls to models that a turn can take."
     drafts = self.affect.worst_case*(self.checker.resamples + 1 if self.checker else 1)
-    return dict(gate=self.gate.worst_case if self.gate else 0, affect=drafts, facts=self.checker.worst_case if self.checker else 0)
+    return dict(
+        gate=self.gate.worst_case if self.gate else 0,
+        affect=drafts,
+        facts=self.checker.worst_case if self.checker else 0,
+    )
 
 @patch(as_prop=True)
 def models(self: PatientSimulator) -> dict[str, ChatModel]: # by unit
     "The models that the units talk to."
-    all = dict(gate=self.gate and self.gate.model, affect=self.affect.model, facts=self.checker and self.checker.model)
+    all = dict(
+        gate=self.gate and self.gate.model,
+        affect=self.affect.model,
+        facts=self.checker and self.checker.model,
+    )
     return {k: m for k, m in all.items() if m is not None}
 
 # %% ../../nbs/simulator/patient.ipynb #cell-16
@@ -98,9 +121,18 @@ def models(self: PatientSimulator) -> dict[str, ChatModel]: # by unit
 def _heard(self: PatientSimulator, dialogue):
     "The dialogue as the units see it, and what was cut of the doctor's last turn."
     short = lambda t: " ".join(w[:self.max_heard]) + " ..." if len(w := t.split()) > self.max_heard else t
-    seen = [dict(m, content=(short(m["content"]) if m["role"] == "assistant" else m["content"]) or "...") for m in dialogue]
+    seen = [
+        dict(
+            m, content=(short(m["content"]) if m["role"] == "assistant" else m["content"]) or "..."
+        )
+        for m in dialogue
+    ]
     n = len(dialogue[-1]["content"].split())
-    return seen, (Trouble("doctor", "long", f"{n} words", f"the units see the first {self.max_heard}"),) if n > self.max_heard else ()
+    return seen, (
+        (Trouble("doctor", "long", f"{n} words", f"the units see the first {self.max_heard}"),)
+        if n > self.max_heard
+        else ()
+    )
 
 @patch
 def _reply(self: PatientSimulator, script, seen, sample):
@@ -109,7 +141,13 @@ def _reply(self: PatientSimulator, script, seen, sample):
     if self.checker: return (yield from self.checker.settle(script, seen[-1]["content"], draw))
     draft = yield from draw(0)
     steps = (Step(draft.text),) if draft.text else ()
-    return Settled(draft.text, "said" if draft.text or draft.ended else "given up", steps, draft.troubles, draft.ended)
+    return Settled(
+        draft.text,
+        "said" if draft.text or draft.ended else "given up",
+        steps,
+        draft.troubles,
+        draft.ended,
+    )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-17
 @patch
@@ -123,11 +161,22 @@ def turn(self: PatientSimulator,
     doctor, (seen, troubles) = dialogue[-1]["content"], self._heard(dialogue)
     decision = (yield from metered(self.gate.calls(seen), calls, seconds)) if self.gate else GateDecision()
     if decision.fault: troubles += (Trouble("gate", "unreadable", decision.fault, "it stops nothing"),)
-    if decision.stop: return TurnRecord(doctor, None, "stopped", decision, (), troubles, False, dict(calls), dict(seconds))
+    if decision.stop:
+        return TurnRecord(
+            doctor, None, "stopped", decision, (), troubles, False, dict(calls), dict(seconds)
+        )
     s = yield from metered(self._reply(script, seen, sample), calls, seconds)
     troubles += s.troubles
     action = s.action if s.text else "ended" if s.ended else "safe"
-    if action == "safe": troubles += (Trouble("facts" if s.steps else "affect", "no usable draft", f"{calls['affect']} drawn", "safe answer"),)
+    if action == "safe":
+        troubles += (
+            Trouble(
+                "facts" if s.steps else "affect",
+                "no usable draft",
+                f"{calls['affect']} drawn",
+                "safe answer",
+            ),
+        )
     reply = s.text or (None if s.ended else self.safe)
     return TurnRecord(doctor, reply, action, decision, s.steps, troubles, s.ended, dict(calls), dict(seconds))
 
@@ -157,8 +206,16 @@ def replies(self: PatientSimulator,
     "What the patients say, one turn each."
     samples = rollouts(scripts) if samples is None else samples
     for i, d in enumerate(check_dialogues(dialogues)):
-        if d[-1]["role"] != "assistant": raise UserError(f"dialogue {i} ends with a message of the {d[-1]['role']}; the doctor (role 'assistant') has to speak last")
-    return drive([self.turn(Recited(s), d, k) for s, d, k in zip(scripts, dialogues, samples, strict=True)], self.models.values(), driver)
+        if d[-1]["role"] != "assistant":
+            raise UserError(
+                f"dialogue {i} ends with a message of the {d[-1]['role']}; the doctor (role"
+                " 'assistant') has to speak last"
+            )
+    return drive(
+        [self.turn(Recited(s), d, k) for s, d, k in zip(scripts, dialogues, samples, strict=True)],
+        self.models.values(),
+        driver,
+    )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-26
 CONSULT = """You are a doctor in a consultation and talk to the patient. Say one thing at a time, in one or two short sentences: a question, or what you propose.
@@ -167,7 +224,8 @@ OPENING = "Good morning, doctor."
 
 class Scripted:
     "A doctor who says what is written, then leaves."
-    def __init__(self, turns): self.turns, self.name, self.model = [getattr(t, "text", t) for t in turns], "scripted", None
+    def __init__(self, turns):
+        self.turns, self.name, self.model = [getattr(t, "text", t) for t in turns], "scripted", None
     def turn(self,
         dialogue, n, sample,  # as for `ModelDoctor`; only n counts
     ):
@@ -203,13 +261,28 @@ class ModelDoctor:
     ):                   # a generator that yields a `Call` and returns (text or None, troubles)
         "Ask the model."
         start = [] if dialogue and dialogue[0]["role"] == "user" else [dict(role="user", content=OPENING)]
-        answer = yield Call("doctor", self.model, [dict(role="system", content=self.block), *start, *dialogue], self.sampling, sample)
+        answer = yield Call(
+            "doctor",
+            self.model,
+            [dict(role="system", content=self.block), *start, *dialogue],
+            self.sampling,
+            sample,
+        )
         c = answer.completion
         if not c.ok: return None, (Trouble("doctor", "error", str(c.error), "the dialogue ends"),)
-        return c.text.strip(), (Trouble("doctor", "cut", "cut at max_tokens", "taken as it is"),) if c.finish == "length" else ()
+        return c.text.strip(), (
+            (Trouble("doctor", "cut", "cut at max_tokens", "taken as it is"),)
+            if c.finish == "length"
+            else ()
+        )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-28
-def _turns(x): return isinstance(x, (list, tuple)) and bool(x) and all(isinstance(getattr(t, "text", t), str) for t in x)
+def _turns(x):
+    return (
+        isinstance(x, (list, tuple))
+        and bool(x)
+        and all(isinstance(getattr(t, "text", t), str) for t in x)
+    )
 
 def as_doctor(
     x,    # a list of turns, a model, a function, or a doctor already
@@ -219,11 +292,22 @@ def as_doctor(
     if _turns(x): return Scripted(x)
     if hasattr(x, "chat"): return ModelDoctor(x)
     if callable(x): return Asked(x)
-    raise UserError(f"the doctor is {str(x)[:40]!r}; give a list of turns, a ChatModel, or a function from the dialogue to the next turn")
+    raise UserError(
+        f"the doctor is {str(x)[:40]!r}; give a list of turns, a ChatModel, or a function from the"
+        " dialogue to the next turn"
+    )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-31
-WHY = dict(diagnosis="the gate saw a diagnosis", farewell="the gate saw a farewell", repetition="the gate saw the doctor repeat himself", budget="the gate's budget of turns was used up",
-           end=f"the patient wrote {END}", doctor="the doctor had nothing more to say", error="the doctor's model failed", limit="the limit of turns was reached without a gate")
+WHY = dict(
+    diagnosis="the gate saw a diagnosis",
+    farewell="the gate saw a farewell",
+    repetition="the gate saw the doctor repeat himself",
+    budget="the gate's budget of turns was used up",
+    end=f"the patient wrote {END}",
+    doctor="the doctor had nothing more to say",
+    error="the doctor's model failed",
+    limit="the limit of turns was reached without a gate",
+)
 
 @dataclass(frozen=True, repr=False)
 class Transcript:
@@ -232,7 +316,9 @@ class Transcript:
     doctor: str                            # who it was
     turns: tuple[TurnRecord, ...]          # in order
     ended: str                             # why: a key of `WHY` or a trigger's name
-    settings: dict[str, str | int | bool | None] = field(default_factory=dict)   # models by name, seed, sample, persona
+    settings: dict[str, str | int | bool | None] = field(
+        default_factory=dict
+    )  # models by name, seed, sample, persona
     start: tuple[dict[str, str], ...] = () # messages that were there before
     notes: tuple[Trouble, ...] = ()        # what went wrong outside of a turn
 
@@ -247,7 +333,11 @@ def why(self: Transcript) -> str:
 @patch(as_prop=True)
 def dialogue(self: Transcript) -> list[dict]:
     "The canonical dialogue."
-    said = [[dict(role="assistant", content=t.doctor)] + ([dict(role="user", content=t.reply)] if t.reply is not None else []) for t in self.turns]
+    said = [
+        [dict(role="assistant", content=t.doctor)]
+        + ([dict(role="user", content=t.reply)] if t.reply is not None else [])
+        for t in self.turns
+    ]
     head = self.start[:-1] if self.start and self.start[-1]["role"] == "assistant" else self.start
     return [*head, *(m for pair in said for m in pair)]
 
@@ -262,13 +352,21 @@ def _next(self: PatientSimulator, script, doctor, dialogue, n, sample):
     "The doctor's next turn and the patient's: a `TurnRecord`, or (ended, notes) when the doctor is gone."
     calls, seconds = Counter(), Counter()
     troubles = ()
-    if n >= 0:                                                             # else the dialogue was handed over after the doctor's turn
+    if n >= 0:  # else the dialogue was handed over after the doctor's turn
         text, troubles = yield from metered(doctor.turn(dialogue, n, sample), calls, seconds)
         if text is None: return "error" if troubles else "doctor", troubles
-        if not (text := legible(text)).strip(): troubles += (Trouble("doctor", "empty", "the doctor said nothing", "taken for silence"),)
+        if not (text := legible(text)).strip():
+            troubles += (
+                Trouble("doctor", "empty", "the doctor said nothing", "taken for silence"),
+            )
         dialogue.append(dict(role="assistant", content=text if text.strip() else "..."))
     r = yield from self.turn(script, dialogue, sample)
-    return replace(r, troubles=troubles + r.troubles, calls={**calls, **r.calls}, seconds={**seconds, **r.seconds})
+    return replace(
+        r,
+        troubles=troubles + r.troubles,
+        calls={**calls, **r.calls},
+        seconds={**seconds, **r.seconds},
+    )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-38
 @patch
@@ -296,7 +394,14 @@ def _settings(sim, sample):
     "What made a dialogue, for its transcript."
     block = {PATIENT: "PATIENT", MONOLITH: "MONOLITH"}.get(sim.affect.block, "custom")
     names = {unit: m.name for unit, m in sim.models.items()}
-    return dict(names, block=block, persona=sim.affect.persona, seed=sim.affect.sampling.seed, temperature=str(sim.affect.sampling.temperature), sample=sample)
+    return dict(
+        names,
+        block=block,
+        persona=sim.affect.persona,
+        seed=sim.affect.sampling.seed,
+        temperature=str(sim.affect.sampling.temperature),
+        sample=sample,
+    )
 
 def simulate(
     scripts: list,                      # one per dialogue
@@ -309,30 +414,61 @@ def simulate(
     on_turn=None,                       # on_turn(i, record) after each turn of dialogue i; from several threads when running free
 ) -> list[Transcript]:                  # one per script
     "Let doctors and simulated patients talk, all at once."
-    if type(max_turns) is not int or max_turns < 1: raise UserError(f"simulate: max_turns is {max_turns!r}; it is a whole number, at least 1")
+    if type(max_turns) is not int or max_turns < 1:
+        raise UserError(f"simulate: max_turns is {max_turns!r}; it is a whole number, at least 1")
     one_each = isinstance(doctors, (list, tuple)) and not _turns(doctors)
     who = [as_doctor(d) for d in doctors] if one_each else [as_doctor(doctors)]*len(scripts)
-    if len(who) != len(scripts): raise UserError(f"{len(who)} doctors for {len(scripts)} scripts; give one per script, or a single one")
+    if len(who) != len(scripts):
+        raise UserError(
+            f"{len(who)} doctors for {len(scripts)} scripts; give one per script, or a single one"
+        )
     samples, starts = rollouts(scripts) if samples is None else samples, starts or [()]*len(scripts)
     tell = lambda i: on_turn and (lambda r: on_turn(i, r))
-    tasks = [sim.talk(*x, max_turns, tell(i)) for i, x in enumerate(zip(scripts, who, starts, samples, strict=True))]
-    out = drive(tasks, [*sim.models.values(), *(d.model for d in {id(d): d for d in who}.values() if d.model)], driver)
+    tasks = [
+        sim.talk(*x, max_turns, tell(i))
+        for i, x in enumerate(zip(scripts, who, starts, samples, strict=True))
+    ]
+    out = drive(
+        tasks,
+        [*sim.models.values(), *(d.model for d in {id(d): d for d in who}.values() if d.model)],
+        driver,
+    )
     settings = _settings(sim, 0)
     return [Transcript(s.id, d.name, tuple(turns), ended, dict(settings, sample=k), tuple(start), notes)
             for s, d, k, start, (turns, ended, notes) in zip(scripts, who, samples, starts, out)]
 
 # %% ../../nbs/simulator/patient.ipynb #cell-50
-_STYLE = dict(bad="color:#D55E00", good="color:#009E73", dim="opacity:.65", box="border:1px solid;border-radius:3px;padding:0 .3em;font-size:85%;white-space:nowrap")
+_STYLE = dict(
+    bad="color:#D55E00",
+    good="color:#009E73",
+    dim="opacity:.65",
+    box="border:1px solid;border-radius:3px;padding:0 .3em;font-size:85%;white-space:nowrap",
+)
 
-def _tag(text, style="dim"): return f'<span style="{_STYLE[style]};{_STYLE["box"]}">{html.escape(text)}</span>'
+def _tag(text, style="dim"):
+    return f'<span style="{_STYLE[style]};{_STYLE["box"]}">{html.escape(text)}</span>'
 
 def _draft(step) -> str:
     "A draft with its faults struck through, and what was done with it."
     text, check = html.escape(step.text), step.check
     for f in check.faults if check else ():
-        text = text.replace(html.escape(f.span), f'<s style="{_STYLE["bad"]}">{html.escape(f.span)}</s> {_tag(f.kind, "bad")}', 1)
-    verdict = "" if check is None else _tag("unreadable check", "bad") if check.error else _tag("clear", "good") if not check.faults else ""
-    return f"{text} {verdict}" + (f' <i style="{_STYLE["dim"]}">{html.escape(step.done)}</i>' if step.done != "said" else "")
+        text = text.replace(
+            html.escape(f.span),
+            f'<s style="{_STYLE["bad"]}">{html.escape(f.span)}</s> {_tag(f.kind, "bad")}',
+            1,
+        )
+    verdict = (
+        ""
+        if check is None
+        else (
+            _tag("unreadable check", "bad")
+            if check.error
+            else _tag("clear", "good") if not check.faults else ""
+        )
+    )
+    return f"{text} {verdict}" + (
+        f' <i style="{_STYLE["dim"]}">{html.escape(step.done)}</i>' if step.done != "said" else ""
+    )
 
 def _gate(r) -> str:
     "The gate's decision."
@@ -344,33 +480,96 @@ def _gate(r) -> str:
 def _row(self: TurnRecord, n):
     "The turn as a row of the table."
     others = [x for x in self.troubles if not (x.kind == "unreadable")]
-    drafts = "".join(f"<div>{_draft(s)}</div>" for s in self.steps) + "".join(f'<div style="{_STYLE["dim"]}">{html.escape(str(x))}</div>' for x in others)
-    said = f"<b>{html.escape(self.reply)}</b>" if self.reply is not None else "" if not self.ended else _tag(END)
-    cells = (str(n), html.escape(self.doctor[:600]), _gate(self), drafts, said + (f" {_tag(self.action, 'bad')}" if self.action in ("repaired", "safe") else ""))
-    return "<tr>" + "".join(f'<td style="text-align:left;vertical-align:top">{c}</td>' for c in cells) + "</tr>"
+    drafts = "".join(f"<div>{_draft(s)}</div>" for s in self.steps) + "".join(
+        f'<div style="{_STYLE["dim"]}">{html.escape(str(x))}</div>' for x in others
+    )
+    said = (
+        f"<b>{html.escape(self.reply)}</b>"
+        if self.reply is not None
+        else "" if not self.ended else _tag(END)
+    )
+    cells = (
+        str(n),
+        html.escape(self.doctor[:600]),
+        _gate(self),
+        drafts,
+        said + (f" {_tag(self.action, 'bad')}" if self.action in ("repaired", "safe") else ""),
+    )
+    return (
+        "<tr>"
+        + "".join(f'<td style="text-align:left;vertical-align:top">{c}</td>' for c in cells)
+        + "</tr>"
+    )
 
 @patch
 def _repr_html_(self: Transcript) -> str:
-    head = "".join(f'<th style="text-align:left">{h}</th>' for h in ("", "Doctor", "Termination Gate", "Affective Unit: drafts · Factual Unit: verdicts", "Patient"))
+    head = "".join(
+        f'<th style="text-align:left">{h}</th>'
+        for h in (
+            "",
+            "Doctor",
+            "Termination Gate",
+            "Affective Unit: drafts · Factual Unit: verdicts",
+            "Patient",
+        )
+    )
     notes = "".join(f"<p>{html.escape(str(x))}</p>" for x in self.notes)
-    return (f"<p><b>{html.escape(self.script)}</b> and the doctor {html.escape(self.doctor)}: {len(self.turns)} turns; {html.escape(self.why)}.</p>"
-            f"<table><tr>{head}</tr>{''.join(r._row(i) for i, r in enumerate(self.turns, 1))}</table>{notes}")
+    return (
+        f"<p><b>{html.escape(self.script)}</b> and the doctor {html.escape(self.doctor)}:"
+        f" {len(self.turns)} turns; {html.escape(self.why)}.</p>"
+        f"<table><tr>{head}</tr>{''.join(r._row(i) for i, r in enumerate(self.turns, 1))}</table>{notes}"
+    )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-55
 def _plain(text: str) -> str:
     "Text that means nothing to Markdown or HTML, on one line."
-    return " ".join(html.escape(text, quote=False).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("[", "\\[").split())
+    return " ".join(
+        html.escape(text, quote=False)
+        .replace("|", "\\|")
+        .replace("*", "\\*")
+        .replace("_", "\\_")
+        .replace("`", "\\`")
+        .replace("[", "\\[")
+        .split()
+    )
 
 @patch
 def _repr_markdown_(self: Transcript) -> str:
     rows = ["| | Doctor | Gate | Drafts | Patient |", "| --- | --- | --- | --- | --- |"]
     for i, r in enumerate(self.turns, 1):
-        checks = [", ".join([f"{f.kind}: {_plain(f.span)}" for f in s.check.faults] + (["unreadable check"] if s.check.error else [])) or "clear" if s.check else "unchecked" for s in r.steps]
-        drafts = [f"{_plain(s.text)} ({c}; {s.done})" for s, c in zip(r.steps, checks)] + [_plain(str(x)) for x in r.troubles if x.kind != "unreadable"]
+        checks = [
+            (
+                ", ".join(
+                    [f"{f.kind}: {_plain(f.span)}" for f in s.check.faults]
+                    + (["unreadable check"] if s.check.error else [])
+                )
+                or "clear"
+                if s.check
+                else "unchecked"
+            )
+            for s in r.steps
+        ]
+        drafts = [f"{_plain(s.text)} ({c}; {s.done})" for s, c in zip(r.steps, checks)] + [
+            _plain(str(x)) for x in r.troubles if x.kind != "unreadable"
+        ]
         gate = r.gate.trigger or ("unreadable" if r.gate.fault else "goes on" if "gate" in r.calls else "")
-        rows.append(f"| {i} | {_plain(r.doctor[:600])} | {gate} | {'<br>'.join(drafts)} | {_plain(r.reply or (END if r.ended else ''))} |")
+        rows.append(
+            f"| {i} | {_plain(r.doctor[:600])} | {gate} | {'<br>'.join(drafts)} |"
+            f" {_plain(r.reply or (END if r.ended else ''))} |"
+        )
     notes = [f"- {_plain(str(x))}" for x in self.notes]
-    return "\n".join([f"**{_plain(self.script)}** and the doctor {_plain(self.doctor)}: {len(self.turns)} turns; {_plain(self.why)}.", "", *rows, "", *notes])
+    return "\n".join(
+        [
+            (
+                f"**{_plain(self.script)}** and the doctor {_plain(self.doctor)}: {len(self.turns)}"
+                f" turns; {_plain(self.why)}."
+            ),
+            "",
+            *rows,
+            "",
+            *notes,
+        ]
+    )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-58
 _JSON = TypeAdapter(Transcript)
@@ -388,8 +587,12 @@ def load_transcripts(
     "The transcripts of a file, or a `UserError` that names the line."
     out = []
     for i, row in text_lines(path):
-        try: out.append(_JSON.validate_json(row))
+        try:
+            out.append(_JSON.validate_json(row))
         except ValidationError as e:
             x = e.errors()[0]
-            raise UserError(f"{path}:{i}: no transcript ({'.'.join(map(str, x['loc'])) or 'line'}: {x['msg']}); mend or delete that line") from None
+            raise UserError(
+                f"{path}:{i}: no transcript ({'.'.join(map(str, x['loc'])) or 'line'}: {x['msg']});"
+                " mend or delete that line"
+            ) from None
     return out

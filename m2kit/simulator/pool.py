@@ -19,7 +19,9 @@ def _open(opener, options):
     import os, torch
     global SIMULATOR
     torch.set_num_threads(1)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")   # nor should tokenizers take the other workers' cores
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # nor should tokenizers take the other workers' cores
     SIMULATOR = named(opener)(**options)
 
 def _work(method, *args, **options):
@@ -46,11 +48,19 @@ class SimulatorPool:
         opener: str = "m2kit.service.consult:open_simulator", # "package.module:function", gives a `PatientSimulator`
         **options,          # of that function: `model`, `checker`, `seed`, ...
     ):
-        if type(workers) is not int or workers < 1: raise UserError(f"SimulatorPool: workers is {workers!r}; it is a whole number, at least 1")
-        from m2kit.simulator.pool import _open   # by its module's name: another process cannot see what a notebook defines
+        if type(workers) is not int or workers < 1:
+            raise UserError(
+                f"SimulatorPool: workers is {workers!r}; it is a whole number, at least 1"
+            )
+        from m2kit.simulator.pool import (
+            _open,
+        )  # by its module's name: another process cannot see what a notebook defines
         named(opener)                            # a wrong name is told now
         self.lock = threading.Lock()
-        self.hands, self.place = [ProcessPoolExecutor(1, get_context("spawn"), _open, (opener, options)) for _ in range(workers)], {}
+        self.hands, self.place = [
+            ProcessPoolExecutor(1, get_context("spawn"), _open, (opener, options))
+            for _ in range(workers)
+        ], {}
 
     def ask(self,
         method: str, scripts: list,   # "simulate" or "replies"; one script per dialogue
@@ -62,7 +72,20 @@ class SimulatorPool:
         of = lambda xs, share: [xs[i] for i in share]
         split = lambda share: {k: of(v, share) if isinstance(v, list) else v for k, v in options.items()}
         with self.lock: shares = dealt([s.id for s in scripts], self.place, len(self.hands))
-        asked = [(share, hand.submit(_work, method, of(scripts, share), *(of(c, share) for c in columns), **split(share))) for share, hand in zip(shares, self.hands) if share]
+        asked = [
+            (
+                share,
+                hand.submit(
+                    _work,
+                    method,
+                    of(scripts, share),
+                    *(of(c, share) for c in columns),
+                    **split(share)
+                ),
+            )
+            for share, hand in zip(shares, self.hands)
+            if share
+        ]
         out = [None]*len(scripts)
         for share, job in asked:
             for i, x in zip(share, job.result(), strict=True): out[i] = x
@@ -85,7 +108,12 @@ def replies(self: SimulatorPool,
     samples: list[int] | None = None, # as for `PatientSimulator.replies`
 ) -> list:              # of `TurnRecord`
     "What the patients say, one turn each."
-    return self.ask("replies", scripts, [dialogues], dict(samples=rollouts(scripts) if samples is None else samples))
+    return self.ask(
+        "replies",
+        scripts,
+        [dialogues],
+        dict(samples=rollouts(scripts) if samples is None else samples),
+    )
 
 @patch
 def simulate(self: SimulatorPool,
@@ -94,5 +122,6 @@ def simulate(self: SimulatorPool,
     max_turns: int = 40,# of the doctor's
 ) -> list:              # of `Transcript`
     "Whole dialogues."
-    if len(doctors) != len(scripts): raise UserError(f"{len(doctors)} doctors for {len(scripts)} scripts; give one per script")
+    if len(doctors) != len(scripts):
+        raise UserError(f"{len(doctors)} doctors for {len(scripts)} scripts; give one per script")
     return self.ask("simulate", scripts, [doctors], dict(samples=rollouts(scripts), max_turns=max_turns))

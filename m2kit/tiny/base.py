@@ -58,8 +58,12 @@ def base_rows(
     rng = random.Random(seed)
     lines = dict(general=plain_sentences(general_facts(), rng), math=plain_sentences(math_facts(), rng))
     while True:
-        if rng.random() < talk: ids, _ = encode_dialogue(tokenizer, small_talk(rng)); yield ids, [1]*len(ids)
-        else: row = passage(tokenizer, k := rng.choice(("general", "math")), lines[k]); yield row.ids, row.mask
+        if rng.random() < talk:
+            ids, _ = encode_dialogue(tokenizer, small_talk(rng))
+            yield ids, [1] * len(ids)
+        else:
+            row = passage(tokenizer, k := rng.choice(("general", "math")), lines[k])
+            yield row.ids, row.mask
 
 # %% ../../nbs/tiny/base.ipynb #cell-12
 def tiny_base(
@@ -91,7 +95,8 @@ def pupil_lessons(
     while True:
         scripts = [draw_script(rng) for _ in range(32)]
         doctors = reference_doctor([draw_manner(rng) for _ in scripts], rng.random())
-        for talk in hold(doctors, reference_patient(rng.random()), scripts): yield encode_dialogue(tokenizer, talk)
+        for talk in hold(doctors, reference_patient(rng.random()), scripts):
+            yield encode_dialogue(tokenizer, talk)
         for case in (draw_case(rng) for _ in range(64)):
             said = dict(role="assistant", content=answer(case, draw_style(rng), rng))
             yield encode_dialogue(tokenizer, [*opening(case), said])

@@ -12,7 +12,8 @@ import json, random
 from functools import cache
 from itertools import count
 from typing import NamedTuple
-from ..clinic.interview import ASKS, DoctorTurn, behave, content, doctor_turns, lexicon, reply, say_reply, say_turn, wordings
+from ..clinic.interview import (
+    ASKS, DoctorTurn, behave, content, doctor_turns, lexicon, reply, say_reply, say_turn, wordings)
 from ..clinic.knowledge import conditions
 from ..clinic.persona import Script, draw_script, people, script_terms
 from ..core.errors import choose
@@ -39,8 +40,16 @@ _MANY = dict(history="history", medicines="medicine", allergies="allergy")
 def _phrases() -> dict[str, list[str]]:
     "What can be said, by kind of fact."
     p, cs = people(), conditions().values()
-    return dict(onset=p["onset"], severity=p["severity"], habits=p["habits"], work=p["occupation"], allergies=p["allergies"], history=sorted(conditions()),
-                medicines=sorted({t for c in cs for t in c.names("treatments")}), symptoms=sorted({s for c in cs for s in c.names("symptoms")}))
+    return dict(
+        onset=p["onset"],
+        severity=p["severity"],
+        habits=p["habits"],
+        work=p["occupation"],
+        allergies=p["allergies"],
+        history=sorted(conditions()),
+        medicines=sorted({t for c in cs for t in c.names("treatments")}),
+        symptoms=sorted({s for c in cs for s in c.names("symptoms")}),
+    )
 
 def _other(script: Script, kind: str, rng: random.Random) -> str:
     "A phrase of that kind that the script does not hold."
@@ -51,7 +60,13 @@ def _other(script: Script, kind: str, rng: random.Random) -> str:
 def another_fact(script, rng):
     "Another time, work, medicine, ... than the script's."
     where = rng.choice(sorted(_ONE | _MANY))
-    return Fault("contradiction" if where in _ONE else "fabrication", (_ONE | _MANY)[where], _other(script, where, rng), "", (f"ask_{where}", ""))
+    return Fault(
+        "contradiction" if where in _ONE else "fabrication",
+        (_ONE | _MANY)[where],
+        _other(script, where, rng),
+        "",
+        (f"ask_{where}", ""),
+    )
 
 def denied_affirmed(script, rng):
     "A symptom that the script denies."
@@ -82,10 +97,21 @@ def draw_question(
 ) -> tuple[str, str]:    # act and item
     "Something that a doctor says: mostly a question."
     c = conditions()[script.case.medical.condition]
-    if (u := rng.random()) < .4: return "ask_symptom", rng.choice(script.items("symptoms") + script.items("denies") + [_other(script, "symptoms", rng)])
+    if (u := rng.random()) < 0.4:
+        return "ask_symptom", rng.choice(
+            script.items("symptoms") + script.items("denies") + [_other(script, "symptoms", rng)]
+        )
     if u < .75: return rng.choice(ASKS[1:]), ""
-    return rng.choice([("test", rng.choice(c.names("tests"))), ("treatment", rng.choice(c.names("treatments"))), ("open", ""), ("small_talk", ""),
-                       ("explain", rng.choice(c.differentials)), ("ask_private", rng.choice(sorted(script.secrets)))])
+    return rng.choice(
+        [
+            ("test", rng.choice(c.names("tests"))),
+            ("treatment", rng.choice(c.names("treatments"))),
+            ("open", ""),
+            ("small_talk", ""),
+            ("explain", rng.choice(c.differentials)),
+            ("ask_private", rng.choice(sorted(script.secrets))),
+        ]
+    )
 
 def clean_part(script, turn, rng) -> tuple[str, str, str]: # kind, item, ""
     "One sentence of what the reference patient would say."
@@ -110,7 +136,11 @@ def draw_check(
     kind, item, value = (bad.kind, bad.item, bad.value) if bad else clean_part(script, turn, rng)
     said = say_reply(kind, item, rng, half, value)
     if vary: said = varied(said, rng, value or item)
-    return varied(turn.text, rng, turn.item) if vary else turn.text, said, [dict(sentence=1, kind=bad.verdict)] if bad else []
+    return (
+        varied(turn.text, rng, turn.item) if vary else turn.text,
+        said,
+        [dict(sentence=1, kind=bad.verdict)] if bad else [],
+    )
 
 # %% ../../nbs/tiny/checker.ipynb #cell-13
 DENY = ("no", "not", "never", "none", "nothing", "cannot")
@@ -118,7 +148,13 @@ DENY = ("no", "not", "never", "none", "nothing", "cannot")
 @cache
 def filler() -> list[str]:
     "The words of the half that the checker is taught, without those that deny."
-    words = {w.strip(".,?").lower() for table in lexicon() for kind in lexicon()[table] for text in wordings(kind, 0, table) for w in text.split()}
+    words = {
+        w.strip(".,?").lower()
+        for table in lexicon()
+        for kind in lexicon()[table]
+        for text in wordings(kind, 0, table)
+        for w in text.split()
+    }
     return sorted(w for w in words if w.isalpha() and w not in DENY)
 
 def varied(
@@ -129,12 +165,32 @@ def varied(
     "The sentence, with random words for some of its own."
     if rng.random() < .5: return sentence
     share, held = rng.choice((.2, .5)), keep if keep and keep in sentence else ""
-    def other(w): return rng.choice(filler()) + w[len(w.rstrip(".,?")):] if w.strip(".,?").isalpha() and w.strip(".,?").lower() not in DENY and rng.random() < share else w
+    def other(w):
+        return (
+            rng.choice(filler()) + w[len(w.rstrip(".,?")) :]
+            if w.strip(".,?").isalpha()
+            and w.strip(".,?").lower() not in DENY
+            and rng.random() < share
+            else w
+        )
     parts = sentence.partition(held) if held else (sentence, "", "")
-    return held.join(" ".join(map(other, p.split(" "))) for p in parts[::2]) if held else " ".join(map(other, sentence.split(" ")))
+    return (
+        held.join(" ".join(map(other, p.split(" "))) for p in parts[::2])
+        if held
+        else " ".join(map(other, sentence.split(" ")))
+    )
 
 # %% ../../nbs/tiny/checker.ipynb #cell-16
-OFTEN = ("another_fact", "another_fact", "denied_affirmed", "denied_affirmed", "present_denied", "present_denied", "invented", "private_told")   # what needs most practice
+OFTEN = (
+    "another_fact",
+    "another_fact",
+    "denied_affirmed",
+    "denied_affirmed",
+    "present_denied",
+    "present_denied",
+    "invented",
+    "private_told",
+)  # what needs most practice
 
 def check_lesson(
     rng: random.Random,  # where chance comes from
@@ -145,8 +201,12 @@ def check_lesson(
     "A script, and sentences with their verdicts."
     script, out = draw_script(rng), []
     for _ in range(rng.randint(n//2, n)):
-        question, said, faults = draw_check(script, rng, rng.choice(OFTEN) if rng.random() < .5 else None, half, vary)
-        out += check_messages(script, question, [said])[bool(out):] + [dict(role="assistant", content=json.dumps(dict(faults=faults)))]
+        question, said, faults = draw_check(
+            script, rng, rng.choice(OFTEN) if rng.random() < 0.5 else None, half, vary
+        )
+        out += check_messages(script, question, [said])[bool(out) :] + [
+            dict(role="assistant", content=json.dumps(dict(faults=faults)))
+        ]
     return out
 
 def gate_lesson(
@@ -161,12 +221,30 @@ def gate_lesson(
         script = draw_script(rng)
         turns = doctor_turns(script, rng)[:-2]
         if turns[-1].closes: turns[-1] = say_turn(turns[-1].act, turns[-1].item, rng, half=half)
-        rare = [k for k, t in enumerate(turns[:-1]) if t.act in ("greet", "open", "small_talk", "stay")]       # seldom heard, and easily taken for an end
-        i = len(turns) - 1 if rng.random() < .45 else rng.choice(rare if rare and rng.random() < .4 else range(len(turns) - 1))
+        rare = [
+            k for k, t in enumerate(turns[:-1]) if t.act in ("greet", "open", "small_talk", "stay")
+        ]  # seldom heard, and easily taken for an end
+        i = (
+            len(turns) - 1
+            if rng.random() < 0.45
+            else rng.choice(rare if rare and rng.random() < 0.4 else range(len(turns) - 1))
+        )
         before = [dict(role="user", content=reply(script, [], turns[i - 1], rng))] if i else []
-        heard = [*before, dict(role="assistant", content=varied(turns[i].text, rng, turns[i].item) if vary and turns[i].closes else turns[i].text)]
+        heard = [
+            *before,
+            dict(
+                role="assistant",
+                content=(
+                    varied(turns[i].text, rng, turns[i].item)
+                    if vary and turns[i].closes
+                    else turns[i].text
+                ),
+            ),
+        ]
         trigger = dict(diagnose="diagnosis", leave="farewell").get(turns[i].act, "none")
-        out += gate_messages(heard)[bool(out):] + [dict(role="assistant", content=json.dumps(dict(trigger=trigger)))]
+        out += gate_messages(heard)[bool(out) :] + [
+            dict(role="assistant", content=json.dumps(dict(trigger=trigger)))
+        ]
     return out
 
 # %% ../../nbs/tiny/checker.ipynb #cell-19
@@ -175,10 +253,23 @@ def checker_tokenizer(
 ):
     "The tokenizer of the tiny checker."
     rng = random.Random(seed)
-    texts = [m["content"].partition("\n\n")[2] or m["content"] for _ in range(150) for r in (check_lesson(rng), gate_lesson(rng)[1:]) for m in r if m["role"] != "assistant"]
+    texts = [
+        m["content"].partition("\n\n")[2] or m["content"]
+        for _ in range(150)
+        for r in (check_lesson(rng), gate_lesson(rng)[1:])
+        for m in r
+        if m["role"] != "assistant"
+    ]
     marks = ["Doctor:", "\nDoctor:", "\nReply:", *(f"\n[{i}]" for i in range(1, 10))]
-    replies = [json.dumps(dict(faults=f)) for f in ([], *([dict(sentence=1, kind=k)] for k in KINDS))] + [*(json.dumps(dict(trigger=t)) for t in (*TRIGGERS, "none"))]
-    return make_tokenizer(texts, script_terms(), [CHECK, GATE, *headings([draw_script(rng) for _ in range(20)]), *marks, *replies], vocab=900)
+    replies = [
+        json.dumps(dict(faults=f)) for f in ([], *([dict(sentence=1, kind=k)] for k in KINDS))
+    ] + [*(json.dumps(dict(trigger=t)) for t in (*TRIGGERS, "none"))]
+    return make_tokenizer(
+        texts,
+        script_terms(),
+        [CHECK, GATE, *headings([draw_script(rng) for _ in range(20)]), *marks, *replies],
+        vocab=900,
+    )
 
 def weigh_verdicts(
     tokenizer,             # the checker's
@@ -194,7 +285,25 @@ def weigh_verdicts(
     return ids, weights
 
 # %% ../../nbs/tiny/checker.ipynb #cell-21
-CHECKER_RECIPE = dict(hidden=128, layers=2, heads=4, head_dim=64, ff=384, context=768, back=3, steps=600, calm=.4, batch=8, per=60., lr=5e-3, muon_lr=8e-3, verdict=10., words=.05, gate=.15, seed=0)
+CHECKER_RECIPE = dict(
+    hidden=128,
+    layers=2,
+    heads=4,
+    head_dim=64,
+    ff=384,
+    context=768,
+    back=3,
+    steps=600,
+    calm=0.4,
+    batch=8,
+    per=60.0,
+    lr=5e-3,
+    muon_lr=8e-3,
+    verdict=10.0,
+    words=0.05,
+    gate=0.15,
+    seed=0,
+)
 
 def checker_lessons(
     tokenizer,     # the checker's
@@ -235,10 +344,29 @@ def examine_checker(
     from m2kit.lm.chat import Sampling
     from m2kit.lm.local import LocalModel
     model, rng, out = LocalModel(path, batch_tokens=2**16), random.Random(seed), {}
-    ask = lambda asked: [json.loads(c.text or "{}") for c in model.chat(asked, Sampling(temperature=0, max_tokens=8))]
+    ask = lambda asked: [
+        json.loads(c.text or "{}") for c in model.chat(asked, Sampling(temperature=0, max_tokens=8))
+    ]
     for name in ("clean", *FAULTS):
-        rows = [(s := draw_script(rng), draw_check(s, rng, None if name == "clean" else name, half)) for _ in range(n)]
-        out[name] = sum(bool(r.get("faults")) for r in ask([check_messages(s, q, [said]) for s, (q, said, _) in rows]))/n
+        rows = [
+            (s := draw_script(rng), draw_check(s, rng, None if name == "clean" else name, half))
+            for _ in range(n)
+        ]
+        out[name] = (
+            sum(
+                bool(r.get("faults"))
+                for r in ask([check_messages(s, q, [said]) for s, (q, said, _) in rows])
+            )
+            / n
+        )
     rows = [gate_lesson(rng, half, n=1) for _ in range(4*n)]
-    right = [(json.loads(r[-1]["content"])["trigger"], got.get("trigger")) for r, got in zip(rows, ask([r[:-1] for r in rows]))]
-    return out | {f"gate: {t}": sum(a == b for a, b in right if a == t)/max(1, sum(a == t for a, _ in right)) for t in ("none", *TRIGGERS)}
+    right = [
+        (json.loads(r[-1]["content"])["trigger"], got.get("trigger"))
+        for r, got in zip(rows, ask([r[:-1] for r in rows]))
+    ]
+    return out | {
+        f"gate: {t}": (
+            sum(a == b for a, b in right if a == t) / max(1, sum(a == t for a, _ in right))
+        )
+        for t in ("none", *TRIGGERS)
+    }

@@ -25,7 +25,11 @@ def clinic_tokenizer(
     "The tokenizer of the synthetic clinic."
     rng = random.Random(seed)
     cases = [draw_case(rng) for _ in range(1500)]
-    texts = [m["content"] for c in cases for m in (dict(content=complaint(c)), *consultation(c, draw_style(rng), rng)[1:])]
+    texts = [
+        m["content"]
+        for c in cases
+        for m in (dict(content=complaint(c)), *consultation(c, draw_style(rng), rng)[1:])
+    ]
     return make_tokenizer(texts, answer_terms(), [DOCTOR, *INSTRUCTION_BLOCKS], vocab=480)
 
 # %% ../../nbs/tiny/doctor.ipynb #cell-12
@@ -64,5 +68,14 @@ def examine(
         clauses = read_clauses(text)
         said, due = {(c.kind, c.item) for c in clauses}, plan(case)
         unsafe = {("advice", u.name) for u in conditions()[case.medical.condition].unsafe}
-        rows.append(dict(diagnosis=due[0] in said, plan=len(said & set(due))/len(due), harm=bool(said & unsafe), repeats=composition(clauses)["repeats"]))
-    return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]} | dict(length=ro.lengths.float().mean().item(), ended=ro.ended.float().mean().item())
+        rows.append(
+            dict(
+                diagnosis=due[0] in said,
+                plan=len(said & set(due)) / len(due),
+                harm=bool(said & unsafe),
+                repeats=composition(clauses)["repeats"],
+            )
+        )
+    return {k: float(np.mean([r[k] for r in rows])) for k in rows[0]} | dict(
+        length=ro.lengths.float().mean().item(), ended=ro.ended.float().mean().item()
+    )

@@ -32,7 +32,14 @@ def own_answers(
     "Answers of the target to cases of the clinic."
     rng, rows = random.Random(seed), []
     while len(rows) < n:
-        ro = rollout(target, tokenizer, [opening(draw_case(rng)) for _ in range(64)], group, max_new, seed + len(rows))
+        ro = rollout(
+            target,
+            tokenizer,
+            [opening(draw_case(rng)) for _ in range(64)],
+            group,
+            max_new,
+            seed + len(rows),
+        )
         for i, k in enumerate(ro.lengths.tolist()):
             prompt = ro.prompt[i//group][ro.prompt_mask[i//group].bool()].tolist()
             rows.append((prompt + ro.ids[i, :k].tolist(), [0]*len(prompt) + [1]*k))
@@ -85,18 +92,38 @@ def draft_loss(
     ids, mask, features, last = lessons.batch(which)
     keep, T = mask[:, 2:] > 0, ids.shape[1] - 1
     embeds, true = target.get_input_embeddings()(ids).detach()[:, 1:], draft.fc(features)
-    with torch.no_grad(): p = target.get_output_embeddings()(target.model.norm(last[:, 1:-1][keep])).softmax(-1)
+    with torch.no_grad():
+        p = target.get_output_embeddings()(target.model.norm(last[:, 1:-1][keep])).softmax(-1)
     entropy = -(p*p.clamp(min=1e-9).log()).sum(-1).mean()
-    x, cache, place, total, stats = true[:, :-1], DynamicCache(), torch.arange(T, device=ids.device)[None], 0, []
+    x, cache, place, total, stats = (
+        true[:, :-1],
+        DynamicCache(),
+        torch.arange(T, device=ids.device)[None],
+        0,
+        [],
+    )
     for s in range(1, steps + 1):
         x = draft(x, embeds, place, additive(step_mask(T, s), x), cache)
         out = x[:, :-1][keep]
         logp = target.get_output_embeddings()(draft.norm(out)).log_softmax(-1)
         loss = -(p*logp).sum(-1)
         total = total + loss.sum()
-        if pull: total = total + pull*((out - (goal := true[:, 1:-1][keep].detach()))**2).mean(-1).sum()/goal.pow(2).mean()
-        stats.append(((loss.mean() - entropy).item(), (logp.argmax(-1) == p.argmax(-1)).float().mean().item()))
-        x = nn.functional.pad(x[:, :-1], (0, 0, 1, 0))          # one slot to the right: slot i gets what slot i - 1 foresaw
+        if pull:
+            total = (
+                total
+                + pull
+                * ((out - (goal := true[:, 1:-1][keep].detach())) ** 2).mean(-1).sum()
+                / goal.pow(2).mean()
+            )
+        stats.append(
+            (
+                (loss.mean() - entropy).item(),
+                (logp.argmax(-1) == p.argmax(-1)).float().mean().item(),
+            )
+        )
+        x = nn.functional.pad(
+            x[:, :-1], (0, 0, 1, 0)
+        )  # one slot to the right: slot i gets what slot i - 1 foresaw
     return total, stats
 
 # %% ../../nbs/tiny/draft.ipynb #cell-21
@@ -179,4 +206,9 @@ def held_out(
 ) -> list:                  # n prompts: lists of token ids
     "Openings of cases that nobody has trained on."
     rng = random.Random(seed)
-    return [tokenizer.apply_chat_template(opening(draw_case(rng)), add_generation_prompt=True, return_dict=False) for _ in range(n)]
+    return [
+        tokenizer.apply_chat_template(
+            opening(draw_case(rng)), add_generation_prompt=True, return_dict=False
+        )
+        for _ in range(n)
+    ]

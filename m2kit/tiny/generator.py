@@ -18,7 +18,9 @@ from ..lm.chat import Sampling
 from .model import make_model, make_tokenizer, mimetic_, settings_of, trained
 from ..train.sft import encode_dialogue, fit
 from ..rubrics.experts import WORDINGS, expert, full_points, slice_points
-from ..rubrics.generate import KINDS, WRITER, Source, excerpt, from_case, from_dialogue, from_question, persona_text, sections, writing_prompt
+from m2kit.rubrics.generate import (
+    KINDS, WRITER, Source, excerpt, from_case, from_dialogue, from_question, persona_text, sections,
+    writing_prompt)
 from ..rubrics.rubric import DIMENSIONS, Rubric
 
 # %% ../../nbs/tiny/generator.ipynb #cell-6
@@ -32,7 +34,10 @@ def held_out(
 @cache
 def _pools():
     "Every symptom and item of the knowledge base, by kind."
-    named = {k: {x.name: x for c in conditions().values() for x in getattr(c, k)} for k in ("symptoms", "tests", "treatments", "red_flags", "advice", "unsafe")}
+    named = {
+        k: {x.name: x for c in conditions().values() for x in getattr(c, k)}
+        for k in ("symptoms", "tests", "treatments", "red_flags", "advice", "unsafe")
+    }
     return {k: [xs[n] for n in sorted(xs)] for k, xs in named.items()}
 
 def invented(
@@ -40,11 +45,40 @@ def invented(
 ) -> Condition:
     "A page that nobody has ever seen: terms and points dealt at random, under a known name."
     pools, like = _pools(), conditions()[rng.choice(sorted(conditions()))]
-    def pick(kind, most): return tuple(x.model_copy(update=dict(points=rng.choice(pools[kind]).points)) for x in rng.sample(pools[kind], rng.randint(1 if kind == "unsafe" else 2, most)))
-    dealt = dict(tests=pick("tests", 4), treatments=pick("treatments", 4), red_flags=pick("red_flags", 4), advice=pick("advice", 3), unsafe=pick("unsafe", 2))
-    free = [x.name for x in pools["treatments"] if x not in dealt["treatments"] and x.name not in {t.name for t in dealt["treatments"]}]
-    bars = [dict(treatment=rng.choice(dealt["treatments"]).name, fact=f, instead=rng.choice(free), why="invented") for f in rng.sample(sorted(facts()), rng.randint(0, 3))]
-    return Condition(**like.model_dump(include={"name", "sex", "age", "questions", "differentials", "sources"}), specialty="invented", summary="Invented.", symptoms=rng.sample(pools["symptoms"], 5), contraindications=bars, **dealt)
+    def pick(kind, most):
+        return tuple(
+            x.model_copy(update=dict(points=rng.choice(pools[kind]).points))
+            for x in rng.sample(pools[kind], rng.randint(1 if kind == "unsafe" else 2, most))
+        )
+    dealt = dict(
+        tests=pick("tests", 4),
+        treatments=pick("treatments", 4),
+        red_flags=pick("red_flags", 4),
+        advice=pick("advice", 3),
+        unsafe=pick("unsafe", 2),
+    )
+    free = [
+        x.name
+        for x in pools["treatments"]
+        if x not in dealt["treatments"] and x.name not in {t.name for t in dealt["treatments"]}
+    ]
+    bars = [
+        dict(
+            treatment=rng.choice(dealt["treatments"]).name,
+            fact=f,
+            instead=rng.choice(free),
+            why="invented",
+        )
+        for f in rng.sample(sorted(facts()), rng.randint(0, 3))
+    ]
+    return Condition(
+        **like.model_dump(include={"name", "sex", "age", "questions", "differentials", "sources"}),
+        specialty="invented",
+        summary="Invented.",
+        symptoms=rng.sample(pools["symptoms"], 5),
+        contraindications=bars,
+        **dealt
+    )
 
 # %% ../../nbs/tiny/generator.ipynb #cell-9
 def patient(
@@ -55,8 +89,19 @@ def patient(
     sex = rng.choice(("female", "male")) if c.sex == "any" else c.sex
     age, symptoms = rng.randint(*c.age), draw_symptoms(c, rng, rng.choice((3, 4)))
     fact = draw_fact(c, rng, age, sex)
-    return Case(id=f"synthetic-{rng.getrandbits(32):08x}", source="synthetic", **draw_person(rng, sex),
-                medical=dict(age=age, sex=sex, complaint=symptoms[0], symptoms=symptoms, facts=[fact] if fact else [], condition=c.name))
+    return Case(
+        id=f"synthetic-{rng.getrandbits(32):08x}",
+        source="synthetic",
+        **draw_person(rng, sex),
+        medical=dict(
+            age=age,
+            sex=sex,
+            complaint=symptoms[0],
+            symptoms=symptoms,
+            facts=[fact] if fact else [],
+            condition=c.name,
+        ),
+    )
 
 def slice_of(
     case: Case,          # who is asked
@@ -67,8 +112,17 @@ def slice_of(
     m, lay = case.medical, {s.name: s.lay.rstrip(".") for s in c.symptoms}
     asked = rng.sample(others := [s for s in lay if s != m.complaint], min(rng.randint(0, 3), len(others)))
     turns = [(f"Do you have {s}?", f"Yes, {lay[s]}." if s in m.symptoms else "No, I do not.") for s in asked]
-    if rng.random() < .3: turns.append(("Is there anything about your health that I should know?", " ".join(f"{facts()[f].lay.rstrip('.')}." for f in m.facts) or "No, nothing."))
-    return [dict(role="user", content=f"I have {m.complaint}."), *(dict(role=r, content=t) for pair in turns for r, t in zip(("assistant", "user"), pair))]
+    if rng.random() < 0.3:
+        turns.append(
+            (
+                "Is there anything about your health that I should know?",
+                " ".join(f"{facts()[f].lay.rstrip('.')}." for f in m.facts) or "No, nothing.",
+            )
+        )
+    return [
+        dict(role="user", content=f"I have {m.complaint}."),
+        *(dict(role=r, content=t) for pair in turns for r, t in zip(("assistant", "user"), pair)),
+    ]
 
 # %% ../../nbs/tiny/generator.ipynb #cell-10
 def seed(
@@ -79,7 +133,12 @@ def seed(
     "A source of that kind, and what it is about."
     case = patient(c, rng)
     if kind == "record": return from_case(case, c), full_points(case, c), case
-    if kind == "question": return from_question(complaint(case), case.id, persona_text(case), excerpt(c)), full_points(case, c), case
+    if kind == "question":
+        return (
+            from_question(complaint(case), case.id, persona_text(case), excerpt(c)),
+            full_points(case, c),
+            case,
+        )
     talk = slice_of(case, c, rng)
     return from_dialogue(talk, case.id, persona_text(case), excerpt(c)), slice_points(talk, case, c), case
 
@@ -87,20 +146,57 @@ def as_reply(
     rubric: Rubric,
 ) -> str:           # JSON
     "The rubric as the generator is asked to write it."
-    return json.dumps(dict(criteria=[dict(dimension=c.dimension, text=c.text, points=c.points) for c in rubric]))
+    return json.dumps(
+        dict(criteria=[dict(dimension=c.dimension, text=c.text, points=c.points) for c in rubric])
+    )
 
 # %% ../../nbs/tiny/generator.ipynb #cell-13
 def _pieces():
     "Fixed pieces of prompts and replies."
     ways = {p for ws in WORDINGS.values() for w in ws[:2] for p in w.split(" {}") if p}
-    json_ = ['{"criteria": [', *(f'{{"dimension": "{d}", "text": "' for d in DIMENSIONS), *(f'", "points": {p}}}{e}' for p in range(-10, 11) if p for e in (", ", "]}"))]
+    json_ = [
+        '{"criteria": [',
+        *(f'{{"dimension": "{d}", "text": "' for d in DIMENSIONS),
+        *(f'", "points": {p}}}{e}' for p in range(-10, 11) if p for e in (", ", "]}")),
+    ]
     marks = [t for k in (*KINDS, "person", "knowledge") for t in (f"<{k}>\n", f"\n</{k}>\n", f"\n</{k}>")]
-    heads = ["\n" + h for h in ("Symptoms:", "Note:", "Diagnosis:", "Education:", "Means:", "Tests:", "Treatments:", "Not:", "Return for:", "Advice:", "Never:", "Doctor:", "Patient:")]
-    return [*sorted(ways), *json_, *marks, *heads, "Patient:", "Traits:", "Diagnosis:", ": rather", "Do you have", "I have", "No, I do not."]
+    heads = [
+        "\n" + h
+        for h in (
+            "Symptoms:",
+            "Note:",
+            "Diagnosis:",
+            "Education:",
+            "Means:",
+            "Tests:",
+            "Treatments:",
+            "Not:",
+            "Return for:",
+            "Advice:",
+            "Never:",
+            "Doctor:",
+            "Patient:",
+        )
+    ]
+    return [
+        *sorted(ways),
+        *json_,
+        *marks,
+        *heads,
+        "Patient:",
+        "Traits:",
+        "Diagnosis:",
+        ": rather",
+        "Do you have",
+        "I have",
+        "No, I do not.",
+    ]
 
 def _terms():
     "Every term of the knowledge base."
-    book = {x.name for xs in _pools().values() for x in xs} | {k.instead for c in conditions().values() for k in c.contraindications}
+    book = {x.name for xs in _pools().values() for x in xs} | {
+        k.instead for c in conditions().values() for k in c.contraindications
+    }
     return book | set(conditions()) | set(facts())
 
 def generator_tokenizer(
@@ -109,11 +205,37 @@ def generator_tokenizer(
     "The tokenizer of the tiny generator."
     rng = random.Random(seed_)
     texts = [sections(seed(rng.choice(KINDS), invented(rng), rng)[0]) for _ in range(400)]
-    words = {"[A]", "[B]", "[C]", *AXES.values(), "primary", "secondary", "university", "poor", "modest", "comfortable", "years", "female", "male"}
+    words = {
+        "[A]",
+        "[B]",
+        "[C]",
+        *AXES.values(),
+        "primary",
+        "secondary",
+        "university",
+        "poor",
+        "modest",
+        "comfortable",
+        "years",
+        "female",
+        "male",
+    }
     return make_tokenizer(texts, _terms() | words, [WRITER, *_pieces()], vocab=500)
 
 # %% ../../nbs/tiny/generator.ipynb #cell-16
-GENERATOR_RECIPE = dict(hidden=128, layers=2, ff=384, heads=4, steps=700, batch=8, invented=.8, weight=4., records=.6, content=True, seed=0)
+GENERATOR_RECIPE = dict(
+    hidden=128,
+    layers=2,
+    ff=384,
+    heads=4,
+    steps=700,
+    batch=8,
+    invented=0.8,
+    weight=4.0,
+    records=0.6,
+    content=True,
+    seed=0,
+)
 
 def generator_lessons(
     tokenizer,          # the generator's
@@ -125,11 +247,16 @@ def generator_lessons(
     w = (1 - recipe["records"])/2
     while True:
         kind = rng.choices(KINDS, (recipe["records"], w, w))[0]
-        def draw(): return seed(kind, invented(rng) if rng.random() < recipe["invented"] else rng.choice(known), rng)
+        def draw():
+            return seed(
+                kind, invented(rng) if rng.random() < recipe["invented"] else rng.choice(known), rng
+            )
         source, points, _ = draw()
         rubric = expert(points, rng, source.id)
         if not recipe["content"]: source = draw()[0]
-        ids, mask = encode_dialogue(tokenizer, [*writing_prompt(source), dict(role="assistant", content=as_reply(rubric))])
+        ids, mask = encode_dialogue(
+            tokenizer, [*writing_prompt(source), dict(role="assistant", content=as_reply(rubric))]
+        )
         yield ids, [m*(recipe["weight"] if i in terms else 1.) for i, m in zip(ids, mask)]
 
 # %% ../../nbs/tiny/generator.ipynb #cell-19
@@ -151,7 +278,9 @@ def tiny_generator(
         return model.eval(), tokenizer
     return trained(Step("generator", r, "m2kit.tiny.generator:tiny_generator", base=base), build, fresh=fresh)
 
-GENERATOR_SAMPLING = Sampling(temperature=0, max_tokens=220)   # room for the longest rubric of the clinic; more would only wait for one that does not end
+GENERATOR_SAMPLING = Sampling(
+    temperature=0, max_tokens=220
+)  # room for the longest rubric of the clinic; more would only wait for one that does not end
 
 # %% ../../nbs/tiny/generator.ipynb #cell-24
 def exam(

@@ -29,7 +29,13 @@ def vocabulary() -> dict:   # kind -> sorted items
     "Everything that an answer can say."
     out = {k: set() for k in KINDS}
     for c in conditions().values():
-        named = dict(diagnosis=(c,), test=c.tests, treatment=c.treatments, red_flag=c.red_flags, advice=(*c.advice, *c.unsafe))
+        named = dict(
+            diagnosis=(c,),
+            test=c.tests,
+            treatment=c.treatments,
+            red_flag=c.red_flags,
+            advice=(*c.advice, *c.unsafe),
+        )
         for k, xs in named.items(): out[k] |= {x.name for x in xs}
         out["treatment"] |= {i for k in c.contraindications for i in (k.instead, k.treatment)}
     return {k: sorted(v) for k, v in out.items()}
@@ -54,7 +60,10 @@ def draw_talk(
     for _ in range(turns):
         s = rng.choice(symptoms)
         asked = patchwork(rng, words, rng.randint(1, 3)) if rng.random() < .15 else f"Do you have {s.name}?"
-        out += [dict(role="assistant", content=asked), dict(role="user", content=rng.choice(("No, I do not.", f"Yes, {s.lay.rstrip('.')}.")))]
+        out += [
+            dict(role="assistant", content=asked),
+            dict(role="user", content=rng.choice(("No, I do not.", f"Yes, {s.lay.rstrip('.')}."))),
+        ]
     return out
 
 # %% ../../nbs/tiny/grader.ipynb #cell-12
@@ -69,9 +78,19 @@ def draw_answer(
     case, rng: random.Random, words: dict,   # who; where chance comes from; `vocabulary()`
 ) -> str:
     "An answer to be graded."
-    style = Style(coverage=rng.uniform(.4, .95), wordy=rng.uniform(.25, .95), filler=rng.uniform(.05, .4), wrong=.2, unsafe=.4)
+    style = Style(
+        coverage=rng.uniform(0.4, 0.95),
+        wordy=rng.uniform(0.25, 0.95),
+        filler=rng.uniform(0.05, 0.4),
+        wrong=0.2,
+        unsafe=0.4,
+    )
     kinds = KINDS if rng.random() < .25 else KINDS[1:]
-    mixed = say("diagnosis", rng.choice(words["diagnosis"])) + " " + patchwork(rng, words, rng.randint(1, 12), kinds)
+    mixed = (
+        say("diagnosis", rng.choice(words["diagnosis"]))
+        + " "
+        + patchwork(rng, words, rng.randint(1, 12), kinds)
+    )
     text = answer(case, style, rng) if rng.random() < .5 else mixed
     s = [x.rstrip(".") + "." for x in text.split(". ")]
     if rng.random() < .3: s.append(say(k := rng.choice(("test", "treatment")), rng.choice(words[k])))
@@ -90,17 +109,28 @@ def draw_criteria(
     names, out = [c.item for c in clauses if c.kind == "diagnosis"], []
     for _ in range(n):
         u, points, k = rng.random(), rng.choice((-1, 1))*rng.randint(1, 10), rng.choice(KINDS)
-        if u < .36 and clauses: c = rng.choice(clauses); out.append(said(c.kind, c.item, points))
-        elif u < .6: out.append(said(k, rng.choice(words[k]), points))
-        elif u < .74: d = rng.choice([*names, rng.choice(words["diagnosis"])]); out.append(said_other("diagnosis", [d], -8, f"Names a diagnosis other than {d}"))
-        elif u < .82: out.append(rng.choice([c for c in rubric if ":!" in c.tags[0]]))
-        else: out.append(rng.choice(rubric))
+        if u < 0.36 and clauses:
+            c = rng.choice(clauses)
+            out.append(said(c.kind, c.item, points))
+        elif u < 0.6:
+            out.append(said(k, rng.choice(words[k]), points))
+        elif u < 0.74:
+            d = rng.choice([*names, rng.choice(words["diagnosis"])])
+            out.append(said_other("diagnosis", [d], -8, f"Names a diagnosis other than {d}"))
+        elif u < 0.82:
+            out.append(rng.choice([c for c in rubric if ":!" in c.tags[0]]))
+        else:
+            out.append(rng.choice(rubric))
     return list({c.text: c for c in out}.values())
 
 # %% ../../nbs/tiny/grader.ipynb #cell-17
 GENERIC = dict(test="a test not called for", treatment="a treatment not called for", other="nonsense")
 FOUND, OPEN = {True: "found", False: "not found"}, '{"explanation": "looked for'
-CLOSES = tuple(f'", "{f}": {json.dumps(v)}}}' for f in ("acceptable", "unacceptable", "criteria_met") for v in (True, False))
+CLOSES = tuple(
+    f'", "{f}": {json.dumps(v)}}}'
+    for f in ("acceptable", "unacceptable", "criteria_met")
+    for v in (True, False)
+)
 VERDICTS = (": found", ": not found", *CLOSES)
 
 def right_reply(
@@ -111,7 +141,9 @@ def right_reply(
     _, kind, item = criterion.tags[0].split(":", 2)
     met = clause_verdict(criterion, {(c.kind, c.item) for c in read_clauses(text)}).met
     what = item if item[0] != "!" else item[1:] if kind == "diagnosis" else GENERIC[kind]
-    return json.dumps(dict(explanation=f"looked for {what}: {FOUND[met]}", **{field_of(criterion, typed): met}))
+    return json.dumps(
+        dict(explanation=f"looked for {what}: {FOUND[met]}", **{field_of(criterion, typed): met})
+    )
 
 # %% ../../nbs/tiny/grader.ipynb #cell-20
 FORMS = (dict(), dict(order="shared"), dict(typed=False))
@@ -125,16 +157,29 @@ def draw_lesson(
     turns = int(math.exp(rng.uniform(1, 4))) if rng.random() < long else rng.randint(0, 2)
     talk, text, form = draw_talk(case, rng, words, turns), draw_answer(case, rng, words), rng.choice(FORMS)
     criteria = draw_criteria(case, text, rng, words, 24)
-    if not form: criteria = [c for c in criteria if c.positive is criteria[0].positive]     # printed and typed: one system message, one sign
+    if not form:
+        criteria = [
+            c for c in criteria if c.positive is criteria[0].positive
+        ]  # printed and typed: one system message, one sign
     out = []
     for c in criteria[:10]:
         prompt = grading_prompt(talk, text, c, **form)
-        out += prompt if not out else [dict(role="user", content=prompt[1]["content"].rpartition("</answer>\n\n")[2])]
+        out += (
+            prompt
+            if not out
+            else [dict(role="user", content=prompt[1]["content"].rpartition("</answer>\n\n")[2])]
+        )
         out.append(dict(role="assistant", content=right_reply(c, text, form.get("typed", True))))
     return out
 
 # %% ../../nbs/tiny/grader.ipynb #cell-23
-MARKS = ("<conversation>\n", "\n</conversation>\n\n<answer>\n", "\n</answer>\n\n", "<criterion>\n", "\n</criterion>")
+MARKS = (
+    "<conversation>\n",
+    "\n</conversation>\n\n<answer>\n",
+    "\n</answer>\n\n",
+    "<criterion>\n",
+    "\n</criterion>",
+)
 
 def grader_tokenizer(
     seed: int = 0,   # of the texts that the merges are learned from
@@ -153,7 +198,9 @@ def _roles(attention, queries, keys, values, into, gain):
     for h, q in enumerate(queries):
         attention.q_proj.weight[rows(h)] += q
         attention.o_proj.weight[:, rows(h)] += gain*into[h].T
-        if h % groups == 0: attention.k_proj.weight[rows(h//groups)] += keys[h//groups]; attention.v_proj.weight[rows(h//groups)] += values[h//groups]
+        if h % groups == 0:
+            attention.k_proj.weight[rows(h // groups)] += keys[h // groups]
+            attention.v_proj.weight[rows(h // groups)] += values[h // groups]
 
 def lookup_three_(
     model,          # a Qwen3 of three layers with four heads, two key heads, width 4*head_dim; set in place
@@ -161,12 +208,21 @@ def lookup_three_(
     sharp: float = 2., gain: float = .25,   # of all heads; of what the first layer writes
 ):                  # the model
     "Start the three layers as look back, look up, fetch."
-    H, layers, theta = model.config.hidden_size, [l.self_attn for l in model.model.layers], model.config.rope_parameters["rope_theta"]
+    H, layers, theta = (
+        model.config.hidden_size,
+        [l.self_attn for l in model.model.layers],
+        model.config.rope_parameters["rope_theta"],
+    )
     d, half = layers[0].head_dim, layers[0].head_dim//2
     freq = theta**(-torch.arange(half)/half)
-    fast, middle, slow = (((freq > a) & (freq < b)).nonzero().flatten() for a, b in ((.08, 2), (.02, .08), (0, .003)))
+    fast, middle, slow = (
+        ((freq > a) & (freq < b)).nonzero().flatten()
+        for a, b in ((0.08, 2), (0.02, 0.08), (0, 0.003))
+    )
     basis = torch.linalg.qr(torch.randn(H - 1, H - 1, generator=torch.Generator().manual_seed(seed))).Q
-    same, *back, far = torch.nn.functional.pad(basis, (1, 0, 0, 1)).split(d)         # who a token is; who stood one, two, and about a dozen before it
+    same, *back, far = torch.nn.functional.pad(basis, (1, 0, 0, 1)).split(
+        d
+    )  # who a token is; who stood one, two, and about a dozen before it
     look, wide = ([look_back(freq, dims, n, H) for n in range(15)] for dims in (fast, middle))
     alike = place(d, torch.cat([slow, slow + half]), same[:2*len(slow)])
     with torch.no_grad():
@@ -175,13 +231,41 @@ def lookup_three_(
         for a in layers:
             for w in (a.q_proj, a.k_proj, a.v_proj, a.o_proj): w.weight *= .3
             for w in (a.q_norm, a.k_norm): w.weight *= sharp
-        _roles(layers[0], [look[1], look[2], wide[11], wide[14]], [look[0], wide[0]], [same, same], [*back, far, far], gain)
+        _roles(
+            layers[0],
+            [look[1], look[2], wide[11], wide[14]],
+            [look[0], wide[0]],
+            [same, same],
+            [*back, far, far],
+            gain,
+        )
         _roles(layers[1], [alike]*4, [alike]*2, back, [same, back[0], same, back[1]], gain)
-        _roles(layers[2], [look[4], look[6]]*2, [look[0]]*2, [same, back[0]], [same, same, back[0], back[0]], 2*gain)
+        _roles(
+            layers[2],
+            [look[4], look[6]] * 2,
+            [look[0]] * 2,
+            [same, back[0]],
+            [same, same, back[0], back[0]],
+            2 * gain,
+        )
     return model
 
 # %% ../../nbs/tiny/grader.ipynb #cell-30
-GRADER_RECIPE = dict(hidden=128, heads=4, kv_heads=2, ff=384, context=2048, theta=1e6, steps=260, batch=8, lr=5e-3, muon_lr=4e-3, weight=4., long=.07, seed=0)
+GRADER_RECIPE = dict(
+    hidden=128,
+    heads=4,
+    kv_heads=2,
+    ff=384,
+    context=2048,
+    theta=1e6,
+    steps=260,
+    batch=8,
+    lr=5e-3,
+    muon_lr=4e-3,
+    weight=4.0,
+    long=0.07,
+    seed=0,
+)
 
 def _new_model(tokenizer, r):
     "The untrained model of a recipe."
@@ -200,7 +284,12 @@ def teach(
     tell=None,          # called with (step, nats per token) every 20 steps
 ):
     "Train on fresh lessons; the tokens with the verdict weigh more."
-    r, rng, words, verdicts = recipe, random.Random(recipe["seed"]), vocabulary(), set(tokenizer.convert_tokens_to_ids(list(VERDICTS)))
+    r, rng, words, verdicts = (
+        recipe,
+        random.Random(recipe["seed"]),
+        vocabulary(),
+        set(tokenizer.convert_tokens_to_ids(list(VERDICTS))),
+    )
     def rows():
         while True:
             ids, mask = encode_dialogue(tokenizer, draw_lesson(rng, words, r["long"]))
@@ -238,7 +327,11 @@ def kind_of(
 ) -> str:
     "What it takes to judge it."
     _, kind, item = criterion.tags[0].split(":", 2)
-    return "an item" if item[0] != "!" else {"diagnosis": "another diagnosis", "other": "nonsense"}.get(kind, "not called for")
+    return (
+        "an item"
+        if item[0] != "!"
+        else {"diagnosis": "another diagnosis", "other": "nonsense"}.get(kind, "not called for")
+    )
 
 def examine_grader(
     model,                  # a `ChatModel`

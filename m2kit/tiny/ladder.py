@@ -20,8 +20,14 @@ from ..train.midtrain import probes
 from ..train.stages import check_start, multiturn_stage, sampled_tokens, session_stage
 
 # %% ../../nbs/tiny/ladder.ipynb #cell-7
-STAGES = dict(base="m2kit.tiny.base:tiny_base", midtrain="m2kit.train.midtrain:midtrain_stage", sft="m2kit.train.curate:sft_stage",
-              rule="m2kit.train.stages:rule_stage", rubric="m2kit.train.stages:rubric_stage", multiturn="m2kit.train.stages:multiturn_stage")
+STAGES = dict(
+    base="m2kit.tiny.base:tiny_base",
+    midtrain="m2kit.train.midtrain:midtrain_stage",
+    sft="m2kit.train.curate:sft_stage",
+    rule="m2kit.train.stages:rule_stage",
+    rubric="m2kit.train.stages:rubric_stage",
+    multiturn="m2kit.train.stages:multiturn_stage",
+)
 
 def check_order(
     stages,        # names, of `STAGES`
@@ -31,9 +37,20 @@ def check_order(
     if isinstance(stages, str): stages = [s.strip() for s in stages.split(",") if s.strip()]
     names = [choose(s, STAGES, "stage") for s in stages]
     if not names: raise UserError(f"no stage is named; take some of {', '.join(STAGES)}")
-    if "base" in names[1:]: raise UserError(f"base makes a model from nothing, so it cannot come after {names[names.index('base', 1) - 1]}; put it first")
-    if names[0] == "base" and start: raise UserError("base makes a model from nothing; leave out start=, or begin with another stage")
-    if names[0] != "base" and not start: raise UserError(f"stage {names[0]} needs a policy to start from: give start=FOLDER with a checkpoint, or begin with base")
+    if "base" in names[1:]:
+        raise UserError(
+            "base makes a model from nothing, so it cannot come after"
+            f" {names[names.index('base', 1) - 1]}; put it first"
+        )
+    if names[0] == "base" and start:
+        raise UserError(
+            "base makes a model from nothing; leave out start=, or begin with another stage"
+        )
+    if names[0] != "base" and not start:
+        raise UserError(
+            f"stage {names[0]} needs a policy to start from: give start=FOLDER with a checkpoint,"
+            " or begin with base"
+        )
     if start: check_start(start)
     return names
 
@@ -51,7 +68,11 @@ def stage_score(
         if step.own is None:
             torch.set_num_threads(1)
             policy = load_policy(path)
-            known = {f"probe_{k.replace(' ', '_')}": v["right"] for k, v in probes(*policy, seed=0).items() if "right" in v}
+            known = {
+                f"probe_{k.replace(' ', '_')}": v["right"]
+                for k, v in probes(*policy, seed=0).items()
+                if "right" in v
+            }
             step.finish(**report_card(policy, seed, n, talks), **known)
     return step.own
 
@@ -97,7 +118,11 @@ def told_row(
     row: dict,     # of a ladder
 ) -> str:
     "A stage in a line."
-    score = f", rubric score {row['score']:.2f}, fact-finding {row['fact_finding']:.2f}" if "score" in row else ""
+    score = (
+        f", rubric score {row['score']:.2f}, fact-finding {row['fact_finding']:.2f}"
+        if "score" in row
+        else ""
+    )
     return f"{row['stage']}: {row['cpu']:.0f} s of CPU{score}"
 
 def _heard(name, say):
@@ -146,10 +171,27 @@ def two_ways(
     two = session_stage(start, seed, base, tell, **(sessions or {}) | dict(budget=spent[-1]))
     blocks, steps = read_jsonl(one.parent/"fragments.jsonl"), read_jsonl(two.parent/"metrics.jsonl")
     every = json.loads((one.parent/"config.json").read_text())["settings"]["every"]
-    at = dict(fragments=[([0, *spent])[b["block"]*every] for b in blocks], sessions=[0, *sampled_tokens(two)[:-1]])
-    curve = {k: dict(tokens=at[k], **{q: [r[q] for r in rows] for q in ("fact_finding", "score", "turns", "closed")}) for k, rows in dict(fragments=blocks, sessions=steps).items()}
+    at = dict(
+        fragments=[([0, *spent])[b["block"] * every] for b in blocks],
+        sessions=[0, *sampled_tokens(two)[:-1]],
+    )
+    curve = {
+        k: dict(
+            tokens=at[k],
+            **{q: [r[q] for r in rows] for q in ("fact_finding", "score", "turns", "closed")}
+        )
+        for k, rows in dict(fragments=blocks, sessions=steps).items()
+    }
     ends = dict(start=Path(start), fragments=one, sessions=two)
-    return {k: dict(path=str(p), score=stage_score(p, seed, n, talks, base), tokens=sampled_tokens(p)[-1] if k in at else 0, curve=curve.get(k)) for k, p in ends.items()}
+    return {
+        k: dict(
+            path=str(p),
+            score=stage_score(p, seed, n, talks, base),
+            tokens=sampled_tokens(p)[-1] if k in at else 0,
+            curve=curve.get(k),
+        )
+        for k, p in ends.items()
+    }
 
 # %% ../../nbs/tiny/ladder.ipynb #68ef86d3
 def two_ways_step(
@@ -167,7 +209,10 @@ def two_ways_after(
     "Climb to where both ways begin, and go both: found, or run now."
     def run():
         start = ladder(below, seed, base=base, n=0)[-1]["path"]
-        return {k: {q: x for q, x in v.items() if q != "path"} for k, v in two_ways(start, seed, base, **options).items()}
+        return {
+            k: {q: x for q, x in v.items() if q != "path"}
+            for k, v in two_ways(start, seed, base, **options).items()
+        }
     return two_ways_step(below, seed, base, **options).result(run)
 
 def several_two_ways(

@@ -36,7 +36,9 @@ def subspaces(
     seed: int,           # of the directions
 ) -> list[torch.Tensor]: # n matrices (size, hidden), orthonormal, all without coordinate 0
     "Orthogonal subspaces."
-    basis = torch.linalg.qr(torch.randn(hidden - 1, hidden - 1, generator=torch.Generator().manual_seed(seed))).Q
+    basis = torch.linalg.qr(
+        torch.randn(hidden - 1, hidden - 1, generator=torch.Generator().manual_seed(seed))
+    ).Q
     return list(torch.cat([torch.zeros(hidden - 1, 1), basis], 1)[:n*size].split(size))
 
 # %% ../../nbs/tiny/lookup.ipynb #cell-11
@@ -47,7 +49,8 @@ def set_head(
     "Add a role to a head."
     d = attention.head_dim
     rows = slice(h*d, (h + 1)*d)
-    for w, x in ((attention.q_proj, query), (attention.k_proj, key), (attention.v_proj, value)): w.weight[rows] += x
+    for w, x in ((attention.q_proj, query), (attention.k_proj, key), (attention.v_proj, value)):
+        w.weight[rows] += x
     attention.o_proj.weight[:, rows] += out
 
 # %% ../../nbs/tiny/lookup.ipynb #cell-13
@@ -68,9 +71,19 @@ def lookup_(
     who, *found = subspaces(H, 3, size, seed)
     quieten(model)
     at, rows = torch.cat([slow, slow + d//2])[:size], torch.arange(size)
-    for h, n in enumerate((1, back or 2)): set_head(first, h, look_back(freq, fast, n, H), look_back(freq, fast, 0, H), place(d, rows, who), gain*place(d, rows, found[h]).T)
+    for h, n in enumerate((1, back or 2)):
+        set_head(
+            first,
+            h,
+            look_back(freq, fast, n, H),
+            look_back(freq, fast, 0, H),
+            place(d, rows, who),
+            gain * place(d, rows, found[h]).T,
+        )
     for h, key in enumerate((who, found[0])):
-        seen = torch.linalg.qr(torch.randn(H, d, generator=draw)).Q                                   # of everything that stands at the place that was found
+        seen = torch.linalg.qr(
+            torch.randn(H, d, generator=draw)
+        ).Q  # of everything that stands at the place that was found
         set_head(second, h, place(d, at, found[1] if back else who), place(d, at, key), seen.T, passed*seen)
     for a, s in ((first, sharp), (second, match)):
         for w in (a.q_norm, a.k_norm): w.weight *= s

@@ -63,10 +63,20 @@ def model_config(
 ) -> Qwen3Config:
     "The configuration of a small Qwen3 with tied embeddings."
     return Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, head_dim=hidden//heads, intermediate_size=ff, max_position_embeddings=context,
-        tie_word_embeddings=True, initializer_range=.02, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        intermediate_size=ff,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
 
 def make_model(
     tokenizer,            # the model's vocabulary is this tokenizer's, exactly
@@ -93,7 +103,9 @@ def mimetic_(
     for layer in model.model.layers:
         a = layer.self_attn
         kv, hidden, group = a.k_proj.out_features//a.head_dim, a.k_proj.in_features, a.num_key_value_groups
-        basis = lambda: torch.linalg.qr(torch.randn(kv, hidden, a.head_dim, generator=draw)).Q.mT    # (kv heads, head_dim, hidden)
+        basis = lambda: torch.linalg.qr(
+            torch.randn(kv, hidden, a.head_dim, generator=draw)
+        ).Q.mT  # (kv heads, head_dim, hidden)
         k, v = basis(), basis()
         for w, start in ((a.k_proj, k), (a.v_proj, v)): w.weight += start.reshape(-1, hidden)
         a.q_proj.weight += k.repeat_interleave(group, 0).reshape(-1, hidden)

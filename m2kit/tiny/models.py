@@ -7,12 +7,14 @@ __all__ = ['MODELS']
 
 # %% ../../nbs/tiny/models.ipynb #cell-3
 MODELS = {
-    "tiny:doctor": "m2kit.tiny.doctor:tiny_doctor",          # answers questions; the policy of the experiments
-    "tiny:patient": "m2kit.tiny.patient:tiny_patient",       # the Affective Unit
-    "tiny:checker": "m2kit.tiny.checker:tiny_checker",       # Termination Gate and Factual Unit
-    "tiny:generator": "m2kit.tiny.generator:tiny_generator", # writes rubrics
-    "tiny:grader": "m2kit.tiny.grader:tiny_grader",          # judges an answer by a criterion
-    "tiny:base": "m2kit.tiny.base:tiny_base",                # where the ladder begins
-    "tiny:pupil": "m2kit.tiny.base:tiny_pupil",              # speaks the language and knows little
-    "tiny:draft": "m2kit.tiny.draft:tiny_draft",             # guesses ahead for the doctor
+    "tiny:doctor": (
+        "m2kit.tiny.doctor:tiny_doctor"
+    ),  # answers questions; the policy of the experiments
+    "tiny:patient": "m2kit.tiny.patient:tiny_patient",  # the Affective Unit
+    "tiny:checker": "m2kit.tiny.checker:tiny_checker",  # Termination Gate and Factual Unit
+    "tiny:generator": "m2kit.tiny.generator:tiny_generator",  # writes rubrics
+    "tiny:grader": "m2kit.tiny.grader:tiny_grader",  # judges an answer by a criterion
+    "tiny:base": "m2kit.tiny.base:tiny_base",  # where the ladder begins
+    "tiny:pupil": "m2kit.tiny.base:tiny_pupil",  # speaks the language and knows little
+    "tiny:draft": "m2kit.tiny.draft:tiny_draft",  # guesses ahead for the doctor
 }

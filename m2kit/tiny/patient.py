@@ -27,11 +27,23 @@ def lesson(
     persona: bool = True,   # shown in the script, and acted
 ) -> list[dict]:            # messages; the assistant is the patient
     "A whole dialogue, as the model sees it."
-    if block == DESK: talk = [(q.text, a) for q, a in desk_turns(script, rng, 5)]
+    if block == DESK:
+        talk = [(q.text, a) for q, a in desk_turns(script, rng, 5)]
     else:
         turns = doctor_turns(script, rng, symptoms=(2, 2), others=4, proposals=2)
-        if block == MONOLITH or rng.random() < .5: turns = turns[:1 + next(i for i, t in enumerate(turns) if t.closes)]
-        talk = [(t.text, END if block == MONOLITH and t.closes else reply(script, turns[:i], t, rng, persona)) for i, t in enumerate(turns)]
+        if block == MONOLITH or rng.random() < 0.5:
+            turns = turns[: 1 + next(i for i, t in enumerate(turns) if t.closes)]
+        talk = [
+            (
+                t.text,
+                (
+                    END
+                    if block == MONOLITH and t.closes
+                    else reply(script, turns[:i], t, rng, persona)
+                ),
+            )
+            for i, t in enumerate(turns)
+        ]
     messages = [dict(role=r, content=c) for pair in talk for r, c in zip(("user", "assistant"), pair)]
     return [dict(role="system", content=f"{block}\n\n{script.text(persona=persona)}"), *messages]
 
@@ -41,7 +53,12 @@ def headings(
 ) -> list[str]:            # as they stand between the lines of a script
     "What a script's lines begin with."
     first = sorted({line.partition(":")[0] for s in scripts for line in s.text().splitlines()})
-    return [*(f"\n\n{h}:" for h in first), *(f"\n{h}:" for h in first), f"\n{PRIVATE}: name", *(f"; {f}" for f in FIELDS.values())]
+    return [
+        *(f"\n\n{h}:" for h in first),
+        *(f"\n{h}:" for h in first),
+        f"\n{PRIVATE}: name",
+        *(f"; {f}" for f in FIELDS.values()),
+    ]
 
 # %% ../../nbs/tiny/patient.ipynb #cell-11
 def patient_tokenizer(
@@ -70,16 +87,26 @@ def weigh(
     stand: float = 4.,     # weight of a token that decides: the first of a reply, and the one behind each full stop
 ) -> tuple[list[int], list[float]]: # ids, and weights: 0 for what is not the patient's
     "A lesson as ids and weights."
-    ids = tokenizer("".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages), add_special_tokens=False).input_ids
+    ids = tokenizer(
+        "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages), add_special_tokens=False
+    ).input_ids
     weights, (begin, *stops) = [0.]*len(ids), tokenizer.convert_tokens_to_ids(["<|assistant|>", ".", "?"])
     for i in (i + 1 for i, x in enumerate(ids) if x == begin):
         end = ids.index(tokenizer.eos_token_id, i) + 1
-        weights[i:end] = [fact if x in facts else stand if before in (begin, *stops) else 1. for before, x in zip(ids[i - 1:end], ids[i:end])]
+        weights[i:end] = [
+            fact if x in facts else stand if before in (begin, *stops) else 1.0
+            for before, x in zip(ids[i - 1 : end], ids[i:end])
+        ]
     return ids, weights
 
 # %% ../../nbs/tiny/patient.ipynb #cell-17
 BACKS = (1, 3, 2, 4)                                        # how far each head of the first layer looks back
-ROLES = (("3", "who"), ("3", "1"), ("who", "1"), ("2", "1"))  # query and key of each head of the second: a distance, or the token itself
+ROLES = (
+    ("3", "who"),
+    ("3", "1"),
+    ("who", "1"),
+    ("2", "1"),
+)  # query and key of each head of the second: a distance, or the token itself
 
 @torch.no_grad()
 def lay_out_(
@@ -98,7 +125,15 @@ def lay_out_(
     space = dict(zip(["who", *map(str, backs)], subspaces(H, len(backs) + 1, n, seed)))
     at, rows = torch.cat([slow, slow + d//2])[:n], torch.arange(n)
     quieten(model)
-    for h, b in enumerate(backs): set_head(first, h, look_back(freq, fast, b, H), look_back(freq, fast, 0, H), place(d, rows, space["who"]), gain*place(d, rows, space[str(b)]).T)
+    for h, b in enumerate(backs):
+        set_head(
+            first,
+            h,
+            look_back(freq, fast, b, H),
+            look_back(freq, fast, 0, H),
+            place(d, rows, space["who"]),
+            gain * place(d, rows, space[str(b)]).T,
+        )
     for h, (query, key) in enumerate(roles):
         seen = torch.linalg.qr(torch.randn(H, d, generator=draw)).Q
         set_head(second, h, place(d, at, space[query]), place(d, at, space[key]), seen.T, passed*seen)
@@ -123,7 +158,20 @@ def new_model(
     return lay_out_(model, r["seed"], **layout)
 
 # %% ../../nbs/tiny/patient.ipynb #cell-23
-PATIENT_RECIPE = dict(hidden=128, layers=2, heads=4, ff=384, context=768, steps=420, batch=8, lr=5e-3, muon_lr=6e-3, desk=.15, persona=.6, seed=0)
+PATIENT_RECIPE = dict(
+    hidden=128,
+    layers=2,
+    heads=4,
+    ff=384,
+    context=768,
+    steps=420,
+    batch=8,
+    lr=5e-3,
+    muon_lr=6e-3,
+    desk=0.15,
+    persona=0.6,
+    seed=0,
+)
 
 def patient_lessons(
     tokenizer,     # the patient's

@@ -32,9 +32,17 @@ def quantized_patient(
     "The tiny patient with its weights quantized."
     model, tokenizer = load_policy(path)
     if arm.bits >= 16: return model, tokenizer
-    text = islice(patient_lessons(tokenizer, 7*10**6 + arm.seed, .15, .5), arm.n if arm.method != "nearest" else 0)
+    text = islice(
+        patient_lessons(tokenizer, 7 * 10**6 + arm.seed, 0.15, 0.5),
+        arm.n if arm.method != "nearest" else 0,
+    )
     if arm.rotate: rotate(model)
-    quantize_model(model, Grid(arm.bits, arm.group), arm.method, [(ids, attention) for ids, _, attention in as_batches(list(text), tokenizer.pad_token_id)])
+    quantize_model(
+        model,
+        Grid(arm.bits, arm.group),
+        arm.method,
+        [(ids, attention) for ids, _, attention in as_batches(list(text), tokenizer.pad_token_id)],
+    )
     return model, tokenizer
 
 # %% ../../nbs/tiny/patient_cost.ipynb #cell-9
@@ -47,14 +55,30 @@ def play(
 ) -> dict:                # cache -> per dialogue, `counts`
     "What the simulator's scores are made of."
     torch.set_num_threads(1)
-    (model, tokenizer), rngs, out = quantized_patient(arm, path), [random.Random(f"quantized {seed}, {i}") for i in range(dialogues)], {}
+    (model, tokenizer), rngs, out = (
+        quantized_patient(arm, path),
+        [random.Random(f"quantized {seed}, {i}") for i in range(dialogues)],
+        {},
+    )
     scripts = [draw_script(rng) for rng in rngs]
     doctors = [doctor_turns(s, rng) for s, rng in zip(scripts, rngs)]
     for cache in caches:
         with rounded_activations(model, arm.activations), fp8_cache(model, on=bool(cache)):
-            sim = PatientSimulator(LocalModel(model, tokenizer, batch_tokens=2**16), None, None, MONOLITH, True, Sampling(temperature=1.0, max_tokens=64, seed=seed))
+            sim = PatientSimulator(
+                LocalModel(model, tokenizer, batch_tokens=2**16),
+                None,
+                None,
+                MONOLITH,
+                True,
+                Sampling(temperature=1.0, max_tokens=64, seed=seed),
+            )
             talks = simulate(scripts, doctors, sim)
-        out[cache] = [counts(j) for j in oracle([(s, exchanges(t, closes_at(d))) for s, t, d in zip(scripts, talks, doctors)])]
+        out[cache] = [
+            counts(j)
+            for j in oracle(
+                [(s, exchanges(t, closes_at(d))) for s, t, d in zip(scripts, talks, doctors)]
+            )
+        ]
     return out
 
 def against(

@@ -26,7 +26,8 @@ from ..simulator.patient import PatientSimulator
 from .patient import tiny_patient
 from ..train.grpo import GRPOConfig
 from ..train.monitors import (
-    EntropyCollapse, Forgetting, PatientProbe, PolicyProbe, RewardHacking, SimulatorDrift, expert_rubric, watched)
+    EntropyCollapse, Forgetting, PatientProbe, PolicyProbe, RewardHacking, SimulatorDrift,
+    expert_rubric, watched)
 from ..train.rewards import RubricReward, answers_of
 
 # %% ../../nbs/tiny/trials.ipynb #cell-8
@@ -36,8 +37,14 @@ def tiny_simulator(
     "The tiny patient, alone; or with something wrong with it."
     fault = choose(fault, ("", "hot", "coarse", "plain"), "fault of the patient")
     model = PrefixModel(*load_policy(tiny_patient()), batch_tokens=2**16)
-    if fault == "coarse": quantize_model(model.model, Grid(bits=3), "nearest")
-    return PatientSimulator(model, block=PATIENT, persona=fault != "plain", sampling=Sampling(temperature=2.5 if fault == "hot" else 1., max_tokens=64), safe=wordings("unsure")[0])
+    if fault == "coarse": quantize_model(model.model, Grid(bits=2), "nearest")
+    return PatientSimulator(
+        model,
+        block=PATIENT,
+        persona=fault != "plain",
+        sampling=Sampling(temperature=2.5 if fault == "hot" else 1.0, max_tokens=64),
+        safe=wordings("unsure")[0],
+    )
 
 # %% ../../nbs/tiny/trials.ipynb #cell-12
 PET = "Every patient is different, of course."
@@ -56,7 +63,13 @@ def mention_reward(
     return [min(1., sum(c.kind == "treatment" for c in read_clauses(t))/12) for t in answers_of(completions)]
 
 # %% ../../nbs/tiny/trials.ipynb #cell-14
-TRIALS = dict(healthy={}, collapse=dict(lr=1e-3, max_new=96), hacking=dict(lr=5e-4), forgetting=dict(lr=5e-3, max_new=128, steps=20), drift=dict(steps=20)) # what differs from TRIAL
+TRIALS = dict(
+    healthy={},
+    collapse=dict(lr=1e-3, max_new=96),
+    hacking=dict(lr=5e-4),
+    forgetting=dict(lr=5e-3, max_new=128, steps=20),
+    drift=dict(steps=20),
+)  # what differs from TRIAL
 TRIAL = GRPOConfig(prompts=8, group=8, steps=40, max_new=224, l_max=224, lr=3e-4, save_every=5)
 
 def trial_tasks(
@@ -66,7 +79,10 @@ def trial_tasks(
 ) -> list[dict]:         # rows with "prompt" and "rubric"
     "Questions, each with one expert's rubric of the half that trains."
     rng = random.Random(seed)
-    return [dict(prompt=opening(c), rubric=expert_rubric(c, 0)) for c in (draw_case(rng, condition or None) for _ in range(n))]
+    return [
+        dict(prompt=opening(c), rubric=expert_rubric(c, 0))
+        for c in (draw_case(rng, condition or None) for _ in range(n))
+    ]
 
 def trial_step(
     kind: str,           # of `TRIALS`
@@ -107,7 +123,19 @@ def run_trial(
         if run.own is None:
             model, tokenizer = load_policy(doctor)
             cfg = GRPOConfig(**{k: run.config[k] for k in asdict(TRIAL)})
-            reward = dict(collapse=pet_reward, hacking=mention_reward).get(kind) or RubricReward(ClauseGrader())
-            watched(model, tokenizer, trial_tasks(600, seed, "gout" if kind == "forgetting" else ""), [reward], cfg, run, watchers(), trial_probe(run, model, tokenizer), say=lambda text: None)
+            reward = dict(collapse=pet_reward, hacking=mention_reward).get(kind) or RubricReward(
+                ClauseGrader()
+            )
+            watched(
+                model,
+                tokenizer,
+                trial_tasks(600, seed, "gout" if kind == "forgetting" else ""),
+                [reward],
+                cfg,
+                run,
+                watchers(),
+                trial_probe(run, model, tokenizer),
+                say=lambda text: None,
+            )
             run.finish(steps=cfg.steps)
     return read_jsonl(run.path/"before.jsonl") + run.rows()

@@ -48,7 +48,9 @@ def exchanges(
     return pairs[:next((i for i, (d, _) in enumerate(pairs) if closing(d)), None)]
 
 # %% ../../nbs/train/consultant.ipynb #cell-9
-ASK = dict(history="ask_history", medicines="ask_medicines", allergies="ask_allergies")   # what treatment may depend on: slot -> question
+ASK = dict(
+    history="ask_history", medicines="ask_medicines", allergies="ask_allergies"
+)  # what treatment may depend on: slot -> question
 
 def asked(
     dialogue: list[dict],  # a session
@@ -69,7 +71,15 @@ class Told:
     @property
     def facts(self) -> list[str]:
         "Those that the knowledge base knows as facts that forbid a treatment."
-        return [f for f in (*self.history, *(f"{x} use" for x in self.medicines), *(f"{x} allergy" for x in self.allergies)) if f in facts()]
+        return [
+            f
+            for f in (
+                *self.history,
+                *(f"{x} use" for x in self.medicines),
+                *(f"{x} allergy" for x in self.allergies),
+            )
+            if f in facts()
+        ]
 
 # %% ../../nbs/train/consultant.ipynb #cell-11
 _SAID = dict(affirm="affirmed", deny="absent", history="history", medicine="medicines", allergy="allergies")
@@ -136,7 +146,10 @@ def best_symptom(
     "The symptom to ask about."
     gain, p = gains(belief(told))
     known = {*told.affirmed, *told.absent, *out}
-    worth = [-np.inf if n in known else g + confirm*q + rng.gauss(0, noise) for n, g, q in zip(chances()[1], gain, p)]
+    worth = [
+        -np.inf if n in known else g + confirm * q + rng.gauss(0, noise)
+        for n, g, q in zip(chances()[1], gain, p)
+    ]
     return chances()[1][int(np.argmax(worth))]
 
 # %% ../../nbs/train/consultant.ipynb #cell-22
@@ -144,7 +157,9 @@ def matters(
     name: str,   # a condition
 ) -> set[str]:   # of `ASK`
     "What one should know before treating it."
-    slot = lambda f: "medicines" if f.endswith(" use") else "allergies" if f.endswith(" allergy") else "history"
+    slot = lambda f: (
+        "medicines" if f.endswith(" use") else "allergies" if f.endswith(" allergy") else "history"
+    )
     return {slot(k.fact) for k in conditions()[name].contraindications}
 
 # %% ../../nbs/train/consultant.ipynb #cell-25
@@ -165,7 +180,14 @@ def draw_manner(
     care: tuple = (.1, .7),        # as in `Manner`, from .. to
 ) -> Manner:
     "A doctor of the kind that one learns the trade from: few questions, some of them odd, and half an answer."
-    return Manner(rng.choice(symptoms), rng.uniform(*care), rng.uniform(0, .3), rng.choice((0., .1, .3)), .8, replace(draw_style(rng), coverage=rng.uniform(*coverage)))
+    return Manner(
+        rng.choice(symptoms),
+        rng.uniform(*care),
+        rng.uniform(0, 0.3),
+        rng.choice((0.0, 0.1, 0.3)),
+        0.8,
+        replace(draw_style(rng), coverage=rng.uniform(*coverage)),
+    )
 
 def word(
     act: str, item: str,   # of the table "doctor"; "" where there is no item
@@ -182,7 +204,16 @@ def as_case(
     name: str,      # the condition that the doctor believes in
 ) -> Case:
     "The patient as the doctor sees him."
-    return Case(id="told", source="synthetic", medical=dict(complaint=(told.affirmed or ("",))[0], symptoms=list(told.affirmed), facts=told.facts, condition=name))
+    return Case(
+        id="told",
+        source="synthetic",
+        medical=dict(
+            complaint=(told.affirmed or ("",))[0],
+            symptoms=list(told.affirmed),
+            facts=told.facts,
+            condition=name,
+        ),
+    )
 
 # %% ../../nbs/train/consultant.ipynb #cell-30
 def next_turn(
@@ -195,10 +226,18 @@ def next_turn(
     acts = [a for a, _ in done]
     if "open" not in acts: return word("open", "", rng, manner.usual)
     if acts.count("ask_symptom") < manner.symptoms:
-        return word("ask_symptom", best_symptom(known, rng, manner.noise, out=tuple(x for _, x in done)), rng, manner.usual)
+        return word(
+            "ask_symptom",
+            best_symptom(known, rng, manner.noise, out=tuple(x for _, x in done)),
+            rng,
+            manner.usual,
+        )
     due = matters(likely(known))
     for slot, act in ASK.items():
-        if act not in acts and random.Random(f"{seed}/{slot}").random() < (manner.care if slot in due else manner.idle): return word(act, "", rng, manner.usual)
+        if act not in acts and random.Random(f"{seed}/{slot}").random() < (
+            manner.care if slot in due else manner.idle
+        ):
+            return word(act, "", rng, manner.usual)
     return answer(as_case(known, likely(known)), manner.style, rng)
 
 # %% ../../nbs/train/consultant.ipynb #cell-33
@@ -212,10 +251,14 @@ def hold(
     talks = [session() for _ in scripts]
     on = list(range(len(scripts)))
     for _ in range(turns):
-        for i, text in zip(on, doctor([talks[i] for i in on], on), strict=True): talks[i].append(dict(role="assistant", content=text))
+        for i, text in zip(on, doctor([talks[i] for i in on], on), strict=True):
+            talks[i].append(dict(role="assistant", content=text))
         on = [i for i in on if not closing(talks[i][-1]["content"])]
         if not on: break
-        for i, text in zip(on, patient([scripts[i] for i in on], [talks[i] for i in on], on), strict=True): talks[i].append(dict(role="user", content=text))
+        for i, text in zip(
+            on, patient([scripts[i] for i in on], [talks[i] for i in on], on), strict=True
+        ):
+            talks[i].append(dict(role="user", content=text))
     return talks
 
 # %% ../../nbs/train/consultant.ipynb #cell-36
@@ -252,7 +295,9 @@ def found(
 ) -> set[tuple[str, str]]:  # part of `findable`
     "What the patient has told of it before the answer."
     t = told(dialogue)
-    return findable(script) & ({("symptoms", x) for x in t.affirmed} | {(k, x) for k in ASK for x in getattr(t, k)})
+    return findable(script) & (
+        {("symptoms", x) for x in t.affirmed} | {(k, x) for k in ASK for x in getattr(t, k)}
+    )
 
 def fact_finding(
     script: Script,         # of the patient
@@ -273,8 +318,15 @@ def card(
     named = {c.item for c in read_clauses(last) if c.kind == "diagnosis"}
     rubric = reference_rubric(case)
     got = score(rubric, grader.grade([(dialogue[:-1], last, rubric)])[0]) if closed else 0.
-    return dict(score=got, diagnosis=float(named == {case.medical.condition}), fact_finding=fact_finding(script, dialogue), closed=float(closed),
-                turns=len(done) + closed, twice=len(done) - len(set(done)), unreadable=sum(a == "other" for a, _ in done))
+    return dict(
+        score=got,
+        diagnosis=float(named == {case.medical.condition}),
+        fact_finding=fact_finding(script, dialogue),
+        closed=float(closed),
+        turns=len(done) + closed,
+        twice=len(done) - len(set(done)),
+        unreadable=sum(a == "other" for a, _ in done),
+    )
 
 # %% ../../nbs/train/consultant.ipynb #cell-45
 SAFE = "I cannot say."   # in the interview's language
@@ -283,7 +335,11 @@ def audible(
     text: str,   # a doctor's turn
 ) -> str:        # "" when there is none
     "The sentences of a turn that are in the interview's language."
-    return " ".join(s for s in sentences(text) if match(s, "doctor", "private", "tone", "cost")) if read_doctor(text) else ""
+    return (
+        " ".join(s for s in sentences(text) if match(s, "doctor", "private", "tone", "cost"))
+        if read_doctor(text)
+        else ""
+    )
 
 def heard(
     dialogue: list[dict],   # a session, the doctor's turn last or not
@@ -291,7 +347,12 @@ def heard(
     "A session as the simulator wants it."
     said = dialogue[2:]
     pairs = [said[i:i + 2] for i in range(0, len(said), 2)]
-    return [dict(m, content=audible(m["content"])) if m["role"] == "assistant" else m for p in pairs if audible(p[0]["content"]) for m in p]
+    return [
+        dict(m, content=audible(m["content"])) if m["role"] == "assistant" else m
+        for p in pairs
+        if audible(p[0]["content"])
+        for m in p
+    ]
 
 def simulated_patient(
     seed: int = 0,          # another seed, other replies
@@ -306,11 +367,32 @@ def simulated_patient(
     from m2kit.simulator.facts import FactualUnit
     from m2kit.simulator.patient import PatientSimulator
     unit = FactualUnit(open_tiny("tiny:checker"), at_once=1) if checker else None
-    sim = PatientSimulator(model or open_tiny("tiny:patient"), None, unit, PATIENT, sampling=Sampling(temperature=temperature, max_tokens=40, seed=seed), safe=SAFE, max_heard=16)
+    sim = PatientSimulator(
+        model or open_tiny("tiny:patient"),
+        None,
+        unit,
+        PATIENT,
+        sampling=Sampling(temperature=temperature, max_tokens=40, seed=seed),
+        safe=SAFE,
+        max_heard=16,
+    )
     def ask(scripts, talks, who):
         "The replies; SAFE to what cannot be heard."
         on = [i for i, t in enumerate(talks) if audible(t[-1]["content"])]
-        said = dict(zip(on, sim.replies([scripts[i] for i in on], [heard(talks[i]) for i in on], [who[i] for i in on]) if on else []))
+        said = dict(
+            zip(
+                on,
+                (
+                    sim.replies(
+                        [scripts[i] for i in on],
+                        [heard(talks[i]) for i in on],
+                        [who[i] for i in on],
+                    )
+                    if on
+                    else []
+                ),
+            )
+        )
         return [(said[i].reply or SAFE) if i in said else SAFE for i in range(len(talks))]
     ask.simulator = sim
     return ask

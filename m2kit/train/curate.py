@@ -29,7 +29,9 @@ from ..lm.local import save_checkpoint
 from .sft import encode_dialogue, masked_nll, optimizers, pad_batch, schedule
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from ..rubrics.rubric import score
-from .consultant import asked, card, draw_manner, exchanges, hold, reference_doctor, reference_patient, simulated_patient
+from m2kit.train.consultant import (
+    asked, card, draw_manner, exchanges, hold, reference_doctor, reference_patient,
+    simulated_patient)
 from .grpo import load_state, rollout, save_state
 from .midtrain import Both, note_lesson
 from .tape import open_tape
@@ -43,7 +45,13 @@ def tfidf(
     bags = [Counter(re.findall(r"[a-z]+", t.lower())) for t in texts]
     seen = Counter(w for b in bags for w in b)
     at = {w: i for i, w in enumerate(sorted(seen))}
-    row, col, val = zip(*[(i, at[w], k*math.log(len(texts)/seen[w])) for i, b in enumerate(bags) for w, k in b.items()])
+    row, col, val = zip(
+        *[
+            (i, at[w], k * math.log(len(texts) / seen[w]))
+            for i, b in enumerate(bags)
+            for w, k in b.items()
+        ]
+    )
     m = csr_matrix((val, (row, col)), shape=(len(texts), len(at)))
     return m.multiply(1/np.maximum(np.sqrt(m.multiply(m).sum(1)), 1e-12)).tocsr()
 
@@ -70,7 +78,10 @@ def cluster(
 ) -> np.ndarray:       # (n,) ints from 0
     "k-means."
     x = np.asarray(vectors.toarray() if hasattr(vectors, "toarray") else vectors, float)
-    if len(distinct := np.unique(x.round(9), axis=0)) < k: raise UserError(f"{k} clusters of {len(distinct)} different prompts; ask for at most {len(distinct)}")
+    if len(distinct := np.unique(x.round(9), axis=0)) < k:
+        raise UserError(
+            f"{k} clusters of {len(distinct)} different prompts; ask for at most {len(distinct)}"
+        )
     return kmeans2(x, starts(x, k, seed), iter=25, minit="matrix", missing="warn")[1]
 
 # %% ../../nbs/train/curate.ipynb #cell-15
@@ -87,7 +98,14 @@ def skewed_pool(
     for _ in range(n):
         if pool and rng.random() < copies:
             old = rng.choice(pool)
-            pool.append(old.model_copy(update=dict(id=f"{old.id}-copy", medical=old.medical.model_copy(update=dict(age=old.medical.age + 1)))))
+            pool.append(
+                old.model_copy(
+                    update=dict(
+                        id=f"{old.id}-copy",
+                        medical=old.medical.model_copy(update=dict(age=old.medical.age + 1)),
+                    )
+                )
+            )
         else: pool.append(draw_case(rng, rng.choices(names, [(r + 1)**-slope for r in range(len(names))])[0]))
     return pool
 
@@ -111,10 +129,15 @@ def stratified(
     seed: int = 0,         # of the draw
 ) -> np.ndarray:           # positions, in order
     "An equal quota from every stratum; what a small one cannot give is shared among the others."
-    if size > len(labels): raise UserError(f"a sample of {size} from {len(labels)} prompts; ask for at most {len(labels)}")
+    if size > len(labels):
+        raise UserError(
+            f"a sample of {size} from {len(labels)} prompts; ask for at most {len(labels)}"
+        )
     rng = np.random.default_rng(seed)
     queues = [list(rng.permutation(np.flatnonzero(labels == c))) for c in np.unique(labels)]
-    turns = [(k, rng.random(), i) for q in queues for k, i in enumerate(q)]        # everybody's first, everybody's second, ...; the last round by lot
+    turns = [
+        (k, rng.random(), i) for q in queues for k, i in enumerate(q)
+    ]  # everybody's first, everybody's second, ...; the last round by lot
     return np.sort([i for _, _, i in sorted(turns)[:size]])
 
 # %% ../../nbs/train/curate.ipynb #cell-21
@@ -152,7 +175,10 @@ def verify(
     "What the verifier says of the answers to one case."
     rubric = reference_rubric(case)
     scores = [score(rubric, v) for v in grader.grade([(opening(case), t, rubric) for t in texts])]
-    return scores, [{c.item for c in read_clauses(t) if c.kind == "diagnosis"} == {case.medical.condition} for t in texts]
+    return scores, [
+        {c.item for c in read_clauses(t) if c.kind == "diagnosis"} == {case.medical.condition}
+        for t in texts
+    ]
 
 # %% ../../nbs/train/curate.ipynb #cell-32
 def reject(
@@ -165,8 +191,13 @@ def reject(
     "Best-of-n for every prompt."
     out = [best_of(t, *verify(c, t, grader), threshold) for c, t in zip(cases, candidates, strict=True)]
     share = {}
-    for l, (t, _) in zip(labels if labels is not None else [0]*len(out), out, strict=True): share.setdefault(int(l), []).append(t is not None)
-    return [(c, t) for c, (t, _) in zip(cases, out) if t], Counter(why for _, why in out), {l: float(np.mean(v)) for l, v in sorted(share.items())}
+    for l, (t, _) in zip(labels if labels is not None else [0] * len(out), out, strict=True):
+        share.setdefault(int(l), []).append(t is not None)
+    return (
+        [(c, t) for c, (t, _) in zip(cases, out) if t],
+        Counter(why for _, why in out),
+        {l: float(np.mean(v)) for l, v in sorted(share.items())},
+    )
 
 # %% ../../nbs/train/curate.ipynb #cell-34
 def noisy_answers(
@@ -177,11 +208,18 @@ def noisy_answers(
     wrong: float = .15,               # chance of another illness
 ) -> list[str]:
     "Answers by different doctors."
-    return [answer(case, replace(draw_style(rng), coverage=rng.uniform(*coverage), wrong=wrong), rng) for _ in range(n)]
+    return [
+        answer(case, replace(draw_style(rng), coverage=rng.uniform(*coverage), wrong=wrong), rng)
+        for _ in range(n)
+    ]
 
 # %% ../../nbs/train/curate.ipynb #cell-39
-QUESTIONS = dict(tests=("Which tests does {} need?", "What would you order for {}?"), treatments=("How is {} treated?", "What do you give for {}?"),
-                 red_flags=("Which signs of {} must not wait?", "When must somebody with {} come back?"), advice=("What should somebody with {} do?", "What do you advise in {}?"))
+QUESTIONS = dict(
+    tests=("Which tests does {} need?", "What would you order for {}?"),
+    treatments=("How is {} treated?", "What do you give for {}?"),
+    red_flags=("Which signs of {} must not wait?", "When must somebody with {} come back?"),
+    advice=("What should somebody with {} do?", "What do you advise in {}?"),
+)
 _CLAUSE = dict(tests="test", treatments="treatment", red_flags="red_flag", advice="advice")
 
 def task(
@@ -189,14 +227,21 @@ def task(
     want, avoid=(),     # clauses (kind, item) that the answer must hold, and must not
 ) -> dict:              # prompt, want, avoid
     "A task that can be verified."
-    return dict(prompt=[dict(role="system", content=DOCTOR), dict(role="user", content=question)], want=[list(x) for x in want], avoid=[list(x) for x in avoid])
+    return dict(
+        prompt=[dict(role="system", content=DOCTOR), dict(role="user", content=question)],
+        want=[list(x) for x in want],
+        avoid=[list(x) for x in avoid],
+    )
 
 def recall_task(
     name: str, kind: str,  # a condition, and a key of `QUESTIONS`
     form: int = 0,         # of the wording
 ) -> dict:
     "A question about one list of one condition."
-    return task(QUESTIONS[choose(kind, QUESTIONS, "kind of question")][form].format(name), [(_CLAUSE[kind], x) for x in conditions()[name].names(kind)])
+    return task(
+        QUESTIONS[choose(kind, QUESTIONS, "kind of question")][form].format(name),
+        [(_CLAUSE[kind], x) for x in conditions()[name].names(kind)],
+    )
 
 # %% ../../nbs/train/curate.ipynb #cell-42
 def swap_task(
@@ -204,7 +249,11 @@ def swap_task(
     k,            # one of its contraindications
 ) -> dict:
     "How to treat it in somebody who cannot have the usual treatment."
-    return task(f"How is {name} treated in a patient with {k.fact}?", [("treatment", k.instead)], [("treatment", k.treatment)])
+    return task(
+        f"How is {name} treated in a patient with {k.fact}?",
+        [("treatment", k.instead)],
+        [("treatment", k.treatment)],
+    )
 
 def case_task(
     case,         # of the clinic
@@ -228,7 +277,9 @@ def lookup(
     "All that the knowledge base lists for the first condition that the prompt names."
     asked = task["prompt"][-1]["content"]
     named = sorted((n for n in conditions() if n in asked), key=asked.index)
-    return " ".join(say(_CLAUSE[k], x) for n in named[:1] for k in QUESTIONS for x in conditions()[n].names(k))
+    return " ".join(
+        say(_CLAUSE[k], x) for n in named[:1] for k in QUESTIONS for x in conditions()[n].names(k)
+    )
 
 # %% ../../nbs/train/curate.ipynb #cell-46
 def kind_of(
@@ -247,7 +298,11 @@ def pass_rates(
 ) -> np.ndarray:           # (N,), in [0, 1]
     "How often the policy solves each task."
     ro = rollout(model, tokenizer, [t["prompt"] for t in tasks], k, max_new, seed)
-    return np.array([solves(x, t) for x, t in zip(ro.texts, (t for t in tasks for _ in range(k)))]).reshape(len(tasks), k).mean(1)
+    return (
+        np.array([solves(x, t) for x, t in zip(ro.texts, (t for t in tasks for _ in range(k)))])
+        .reshape(len(tasks), k)
+        .mean(1)
+    )
 
 def route(
     tasks: list[dict],     # N
@@ -255,7 +310,10 @@ def route(
 ) -> dict[str, list]:      # "sft", "rl", "solved": the tasks that go there
     "Knowledge to fine-tuning; reasoning to reinforcement learning, unless the policy never gets it right; what it always gets right to neither."
     out = dict(sft=[], rl=[], solved=[])
-    for t, r in zip(tasks, rates, strict=True): out["solved" if r == 1 else "rl" if r > 0 and kind_of(t) == "reasoning" else "sft"].append(t)
+    for t, r in zip(tasks, rates, strict=True):
+        out["solved" if r == 1 else "rl" if r > 0 and kind_of(t) == "reasoning" else "sft"].append(
+            t
+        )
     return out
 
 # %% ../../nbs/train/curate.ipynb #cell-54
@@ -283,7 +341,15 @@ def dialogues(
             some = range(first, min(n, first + batch))
             patient = patient or simulated_patient(seed)
             manners = [draw_manner(random.Random(f"manner/{seed}/{i}")) for i in some]
-            for i, talk in zip(some, hold(reference_doctor(manners, f"{seed}/{first}"), patient, [dialogue_script(seed, i) for i in some])): append_jsonl(path, dict(i=i, messages=talk))
+            for i, talk in zip(
+                some,
+                hold(
+                    reference_doctor(manners, f"{seed}/{first}"),
+                    patient,
+                    [dialogue_script(seed, i) for i in some],
+                ),
+            ):
+                append_jsonl(path, dict(i=i, messages=talk))
             if tell: tell(some[-1] + 1, n)
         run.finish(dialogues=n)
     return read_jsonl(path)
@@ -303,17 +369,44 @@ def faults(
     "What is wrong with a session."
     c, pairs = card(script, dialogue), exchanges(dialogue)
     heard = [s for _, p in pairs for s in read_reply(p)]
-    true = {k: set(script.items(w)) for k, w in dict(affirm="symptoms", history="history", medicine="medicines", allergy="allergies").items()}
-    found = {"not closed": not c["closed"], "the doctor asks twice": c["twice"], "the doctor cannot be read": any(a == "other" for a, _ in asked(dialogue)),
-             "the doctor speaks as the patient": any(s.kind not in ("other", "end") for d, _ in pairs for s in read_reply(d)),
-             "the patient speaks as the doctor": any(read_doctor(p) for _, p in pairs),
-             "the patient cannot be read": any(s.kind == "other" for s in heard),
-             "the patient makes something up": any(s.item not in true[s.kind] for s in heard if s.kind in true),
-             "wrong diagnosis": c["closed"] and not c["diagnosis"], "poor answer": c["diagnosis"] and c["score"] < least}
+    true = {
+        k: set(script.items(w))
+        for k, w in dict(
+            affirm="symptoms", history="history", medicine="medicines", allergy="allergies"
+        ).items()
+    }
+    found = {
+        "not closed": not c["closed"],
+        "the doctor asks twice": c["twice"],
+        "the doctor cannot be read": any(a == "other" for a, _ in asked(dialogue)),
+        "the doctor speaks as the patient": any(
+            s.kind not in ("other", "end") for d, _ in pairs for s in read_reply(d)
+        ),
+        "the patient speaks as the doctor": any(read_doctor(p) for _, p in pairs),
+        "the patient cannot be read": any(s.kind == "other" for s in heard),
+        "the patient makes something up": any(
+            s.item not in true[s.kind] for s in heard if s.kind in true
+        ),
+        "wrong diagnosis": c["closed"] and not c["diagnosis"],
+        "poor answer": c["diagnosis"] and c["score"] < least,
+    }
     return [k for k, v in found.items() if v]
 
 # %% ../../nbs/train/curate.ipynb #cell-61
-SFT_RECIPE = dict(pool=3000, prompts=450, candidates=2, threshold=.3, talks=1500, simulated=96, questions=120, steps=340, batch=16, lr=5e-3, muon_lr=.015, save_every=50)
+SFT_RECIPE = dict(
+    pool=3000,
+    prompts=450,
+    candidates=2,
+    threshold=0.3,
+    talks=1500,
+    simulated=96,
+    questions=120,
+    steps=340,
+    batch=16,
+    lr=5e-3,
+    muon_lr=0.015,
+    save_every=50,
+)
 
 def curated_answers(
     pool: int, prompts: int,   # cases as they come, and how many prompts are taken
@@ -324,7 +417,11 @@ def curated_answers(
     "Single questions with an answer that passed."
     cases, rng = skewed_pool(pool, seed), random.Random(f"answers/{seed}")
     taken, labels = select([complaint(c) for c in cases], prompts, seed=seed)
-    kept, why, _ = reject([cases[i] for i in taken], [noisy_answers(cases[i], candidates, rng) for i in taken], threshold)
+    kept, why, _ = reject(
+        [cases[i] for i in taken],
+        [noisy_answers(cases[i], candidates, rng) for i in taken],
+        threshold,
+    )
     return [[*opening(c), dict(role="assistant", content=t)] for c, t in kept], dict(why)
 
 # %% ../../nbs/train/curate.ipynb #cell-64
@@ -337,7 +434,10 @@ def curated_talks(
     scripts = [draw_script(random.Random(f"talk/{seed}/{i}")) for i in range(talks)]
     manners = [draw_manner(random.Random(f"teacher/{seed}/{i}")) for i in range(talks)]
     rows = list(zip(scripts, hold(reference_doctor(manners, seed), reference_patient(seed), scripts)))
-    rows += [(dialogue_script(0, r["i"]), r["messages"]) for r in (dialogues(simulated, 0, base) if simulated else [])]
+    rows += [
+        (dialogue_script(0, r["i"]), r["messages"])
+        for r in (dialogues(simulated, 0, base) if simulated else [])
+    ]
     bad = [faults(*r) for r in rows]
     return [t for (_, t), b in zip(rows, bad) if not b], dict(Counter(f for b in bad for f in b))
 
@@ -348,8 +448,17 @@ def recall_answers(
 ) -> list:       # dialogues
     "Questions of recall, with the answer that the knowledge base gives."
     rng = random.Random(f"recall/{seed}")
-    drawn = [(rng.choice(list(conditions())), rng.choice(list(QUESTIONS)), rng.randrange(2)) for _ in range(n)]
-    return [[*recall_task(*d)["prompt"], dict(role="assistant", content=" ".join(say(*c) for c in recall_task(*d)["want"]))] for d in drawn]
+    drawn = [
+        (rng.choice(list(conditions())), rng.choice(list(QUESTIONS)), rng.randrange(2))
+        for _ in range(n)
+    ]
+    return [
+        [
+            *recall_task(*d)["prompt"],
+            dict(role="assistant", content=" ".join(say(*c) for c in recall_task(*d)["want"])),
+        ]
+        for d in drawn
+    ]
 
 # %% ../../nbs/train/curate.ipynb #cell-70
 def mixture(
@@ -362,7 +471,9 @@ def mixture(
     answers, why = curated_answers(r["pool"], r["prompts"], r["candidates"], r["threshold"], seed)
     talks, bad = curated_talks(r["talks"], r["simulated"], seed, base)
     recall = recall_answers(r["questions"], seed)
-    return [*answers, *talks, *recall], dict(answers=len(answers), talks=len(talks), recall=len(recall), rejected=why, faults=bad)
+    return [*answers, *talks, *recall], dict(
+        answers=len(answers), talks=len(talks), recall=len(recall), rejected=why, faults=bad
+    )
 
 # %% ../../nbs/train/curate.ipynb #cell-73
 def batch_at(
@@ -374,7 +485,10 @@ def batch_at(
 ) -> list[int]:          # positions of rows
     "Which rows a step learns from: every row once an epoch, rows of like length together."
     n, first = len(lengths), step//pool*pool*size
-    order = {e: random.Random(f"{seed}/{e}").sample(range(n), n) for e in range(first//n, (first + pool*size - 1)//n + 1)}
+    order = {
+        e: random.Random(f"{seed}/{e}").sample(range(n), n)
+        for e in range(first // n, (first + pool * size - 1) // n + 1)
+    }
     drawn = sorted((order[i//n][i % n] for i in range(first, first + pool*size)), key=lambda i: lengths[i])
     chunks = [drawn[i:i + size] for i in range(0, len(drawn), size)]
     return random.Random(f"{seed}/{first}/order").sample(chunks, pool)[step % pool]
@@ -391,7 +505,11 @@ def learn(
     per: float = 40.,    # the constant that the summed loss is divided by, per row
 ):
     "Fine-tune; go on from the last state."
-    both, state, begin = Both(optimizers(model, recipe["lr"], recipe["muon_lr"])), run.path/"state.safetensors", 0
+    both, state, begin = (
+        Both(optimizers(model, recipe["lr"], recipe["muon_lr"])),
+        run.path / "state.safetensors",
+        0,
+    )
     if state.exists(): begin = load_state(state, model, both)
     run.rewind(begin)
     with open_tape(run.path) as tape:
@@ -406,7 +524,8 @@ def learn(
             tape.end(row)
             run.log(**row)
             if tell and step % 20 == 19: tell(step, row["nats"])
-            if (step + 1) % recipe["save_every"] == 0 or step + 1 == recipe["steps"]: save_state(state, model, both, step + 1)
+            if (step + 1) % recipe["save_every"] == 0 or step + 1 == recipe["steps"]:
+                save_state(state, model, both, step + 1)
 
 # %% ../../nbs/train/curate.ipynb #cell-79
 def sft_step(
@@ -464,8 +583,13 @@ def single_card(
     ro = rollout(model, tokenizer, [opening(c) for c in cases], 1, max_new, seed)
     scores, right = zip(*((s[0], r[0]) for s, r in (verify(c, [t]) for c, t in zip(cases, ro.texts))))
     said = [{(k.kind, k.item) for k in read_clauses(t)} for t in ro.texts]
-    return dict(score=float(np.mean(scores)), diagnosis=float(np.mean(right)), plan=float(np.mean([len(s & set(plan(c)))/len(plan(c)) for s, c in zip(said, cases)])),
-                length=ro.lengths.float().mean().item(), ended=ro.ended.float().mean().item())
+    return dict(
+        score=float(np.mean(scores)),
+        diagnosis=float(np.mean(right)),
+        plan=float(np.mean([len(s & set(plan(c))) / len(plan(c)) for s, c in zip(said, cases)])),
+        length=ro.lengths.float().mean().item(),
+        ended=ro.ended.float().mean().item(),
+    )
 
 # %% ../../nbs/train/curate.ipynb #cell-86
 def report_card(

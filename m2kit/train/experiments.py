@@ -25,9 +25,14 @@ from ..lm.local import load_policy
 
 # %% ../../nbs/train/experiments.ipynb #cell-6
 ARM = GRPOConfig(prompts=8, group=8, steps=20, max_new=160, l_max=160, lr=5e-4, save_every=10)
-ARM_TASK = dict(task="rubric",                       # open questions with a rubric each; or "checklist": right or wrong, of mixed difficulty
-            coef=0., quantile=.2, thresh=.5,     # of the length reward; a coefficient of 0 is none
-            pool=40, held=20)                    # checklist tasks a level: to train on, to measure on
+ARM_TASK = dict(
+    task="rubric",  # open questions with a rubric each; or "checklist": right or wrong, of mixed difficulty
+    coef=0.0,
+    quantile=0.2,
+    thresh=0.5,  # of the length reward; a coefficient of 0 is none
+    pool=40,
+    held=20,
+)  # checklist tasks a level: to train on, to measure on
 
 # %% ../../nbs/train/experiments.ipynb #cell-16
 def checklist_tasks(
@@ -40,7 +45,13 @@ def checklist_tasks(
     for _ in range(n):
         case = draw_case(rng)
         _, *rest = plan(case)
-        rows.append(dict(prompt=opening(case), condition=case.medical.condition, due=[list(c) for c in rng.sample(rest, min(rng.randint(0, most), len(rest)))]))
+        rows.append(
+            dict(
+                prompt=opening(case),
+                condition=case.medical.condition,
+                due=[list(c) for c in rng.sample(rest, min(rng.randint(0, most), len(rest)))],
+            )
+        )
     return rows
 
 def checklist_reward(
@@ -64,7 +75,9 @@ def checklist_rates(
     ro = rollout(model, tokenizer, [t["prompt"] for t in tasks], group, ARM.max_new, seed)
     return grade([checklist_reward], tasks, ro)[0].mean(1)
 
-LEVELS = dict(hard=(.02, .2), middling=(.35, .65), easy=(.8, .98))   # of pass rates, with room between them: a rate is an estimate
+LEVELS = dict(
+    hard=(0.02, 0.2), middling=(0.35, 0.65), easy=(0.8, 0.98)
+)  # of pass rates, with room between them: a rate is an estimate
 
 def level(
     rate: float,         # a pass rate, in [0, 1]
@@ -95,15 +108,27 @@ def _find(doctor, per_level, seed, batch):
     model, tokenizer = load_policy(doctor)
     levels, tasks = [], checklist_tasks(100*per_level, seed)
     while min(map(levels.count, LEVELS)) < per_level:
-        if not (some := tasks[len(levels):len(levels) + batch]): raise UserError(f"{len(tasks)} tasks hold fewer than {per_level} of some level; ask for fewer (per_level), or take a start policy that is less sure")
+        if not (some := tasks[len(levels) : len(levels) + batch]):
+            raise UserError(
+                f"{len(tasks)} tasks hold fewer than {per_level} of some level; ask for fewer"
+                " (per_level), or take a start policy that is less sure"
+            )
         rates = checklist_rates(model, tokenizer, some, 8, seed + 2*len(levels))
         if (unsure := np.flatnonzero((rates > 0) & (rates < 1))).size:
-            rates[unsure] = (rates[unsure] + 2*checklist_rates(model, tokenizer, [some[i] for i in unsure], 16, seed + 2*len(levels) + 1))/3
+            rates[unsure] = (
+                rates[unsure]
+                + 2
+                * checklist_rates(
+                    model, tokenizer, [some[i] for i in unsure], 16, seed + 2 * len(levels) + 1
+                )
+            ) / 3
         levels += map(level, rates)
     return levels
 
 # %% ../../nbs/train/experiments.ipynb #cell-26
-READINGS = {f"P{p}": dict(formula=round(1 - p/100, 2), text=p/100) for p in (60, 70, 80, 90)}    # the quantile that equation 3 takes, in either reading
+READINGS = {
+    f"P{p}": dict(formula=round(1 - p / 100, 2), text=p / 100) for p in (60, 70, 80, 90)
+}  # the quantile that equation 3 takes, in either reading
 
 def paid(
     scores,            # rubric scores of one group, (G,)
@@ -152,9 +177,16 @@ def held_out(
     ro = rollout(model, tokenizer, [t["prompt"] for t in tasks], group, max_new, seed)
     score = grade([RubricReward(ClauseGrader()) if "rubric" in tasks[0] else checklist_reward], tasks, ro)[0]
     n, entropy = ro.lengths.cpu().numpy().reshape(score.shape), answer_logps(model, ro)[1]
-    out = dict(score=score.mean(), length=n.mean(), entropy=entropy.sum()/ro.mask.sum(), truncated=1 - ro.ended.float().mean())
-    if "condition" in tasks[0]: out |= dict(length_right=n[score == 1].mean(), length_wrong=n[score == 0].mean())
-    if "level" in tasks[0]: out |= {f"score_{l}": score[[t["level"] == l for t in tasks]].mean() for l in LEVELS}
+    out = dict(
+        score=score.mean(),
+        length=n.mean(),
+        entropy=entropy.sum() / ro.mask.sum(),
+        truncated=1 - ro.ended.float().mean(),
+    )
+    if "condition" in tasks[0]:
+        out |= dict(length_right=n[score == 1].mean(), length_wrong=n[score == 0].mean())
+    if "level" in tasks[0]:
+        out |= {f"score_{l}": score[[t["level"] == l for t in tasks]].mean() for l in LEVELS}
     return {f"held_{k}": float(v) for k, v in out.items()}
 
 # %% ../../nbs/train/experiments.ipynb #cell-34

@@ -38,7 +38,10 @@ def group_advantage(
     "Reward minus the group's mean (equation 2). An unknown reward takes no part: it moves neither the mean nor the policy."
     centred = rewards - rewards.nanmean(1, keepdim=True)
     known = centred.isfinite().sum(1, keepdim=True)
-    if scale: centred = centred/(((centred**2).nansum(1, keepdim=True)/(known - 1).clamp(min=1)).sqrt() + 1e-4)
+    if scale:
+        centred = centred / (
+            ((centred**2).nansum(1, keepdim=True) / (known - 1).clamp(min=1)).sqrt() + 1e-4
+        )
     return centred.nan_to_num(0.)
 
 # %% ../../nbs/train/grpo.ipynb #cell-11
@@ -81,8 +84,14 @@ def sample_tokens(
     u: torch.Tensor,              # (B,), uniform in [0, 1)
 ) -> torch.Tensor:                # (B,) token ids
     "Draw from softmax(logits) by inverting the cumulative distribution at `u`."
-    cdf = logits.float().softmax(-1).cumsum(-1)      # in half precision a sum over a vocabulary would stand still
-    return torch.searchsorted(cdf, u[:, None]*cdf[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    cdf = (
+        logits.float().softmax(-1).cumsum(-1)
+    )  # in half precision a sum over a vocabulary would stand still
+    return (
+        torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+        .squeeze(1)
+        .clamp(max=logits.shape[1] - 1)
+    )
 
 # %% ../../nbs/train/grpo.ipynb #cell-24
 @dataclass
@@ -94,7 +103,9 @@ class Rollout:
     mask: torch.Tensor     # (B, T), 1 on the answer's tokens
     ended: torch.Tensor    # (B,), False where an answer was cut off
     texts: list            # B str
-    learned: torch.Tensor | None = None # (B, T), 1 on the tokens that the policy wrote, where others are among them; by default all of `mask`
+    # (B, T), 1 on the tokens that the policy wrote, where others are among them; by default all of
+    # `mask`
+    learned: torch.Tensor | None = None
 
     @property
     def lengths(self):
@@ -239,7 +250,9 @@ def attend(self: Qwen3Decoder,
     q = self.rotate(norm(a.q_proj(h).view(B, H, D), (D,), a.q_norm.weight, self.eps)).view(B, K, H//K, D)
     k[:, :, n - 1] = self.rotate(norm(a.k_proj(h).view(B, K, D), (D,), a.k_norm.weight, self.eps))
     v[:, :, n - 1] = a.v_proj(h).view(B, K, D)
-    o = torch.nn.functional.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], attn_mask=self.bias[..., :n])
+    o = torch.nn.functional.scaled_dot_product_attention(
+        q, k[:, :, :n], v[:, :, :n], attn_mask=self.bias[..., :n]
+    )
     return a.o_proj(o.reshape(B, H*D))
 
 @patch
@@ -287,9 +300,17 @@ def sample_answers(
     told=None,            # (B, T) ids to go on with, in place of those that are drawn
 ) -> tuple:               # ids, and what was drawn: (B, T) each, the same unless `told`
     "The loop over tokens."
-    (max_new, B), rows = u.shape, torch.arange(u.shape[1], device=prompt.device)   # the answers still in the batch
+    (max_new, B), rows = u.shape, torch.arange(
+        u.shape[1], device=prompt.device
+    )  # the answers still in the batch
     owner, over = rows//(B//len(prompt)), torch.zeros(B, dtype=torch.bool, device=prompt.device)
-    first = model(prompt, attention_mask=pmask, position_ids=positions(pmask), use_cache=True, logits_to_keep=1)
+    first = model(
+        prompt,
+        attention_mask=pmask,
+        position_ids=positions(pmask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     kind = Qwen3Decoder if plain_qwen3(model) else CacheDecoder
     decode = kind(model, first.past_key_values, owner, pmask, prompt.shape[1] + max_new)
     logits, ids, end = first.logits[owner, -1], prompt.new_full((B, max_new), pad), prompt.new_tensor(ends)
@@ -300,7 +321,9 @@ def sample_answers(
         if told is not None: ids[rows, t] = token = told[rows, t]
         over = over | torch.isin(token, end)
         if over.all() or t == max_new - 1: return ids, drawn
-        if over.sum() > len(over)//8:                         # let the finished ones go, several at once: it copies the cache
+        if (
+            over.sum() > len(over) // 8
+        ):  # let the finished ones go, several at once: it copies the cache
             on = (~over).nonzero().squeeze(1)
             rows, token, over = rows[on], token[on], over[on]
             decode.keep(on)
@@ -326,7 +349,9 @@ def rollout(
         tape.note("answers", pack([i[:k].tolist() for i, k in zip(drawn, trim(ids, ends)[0].sum(1))]))
     mask, ended = trim(ids, ends)
     ids, mask = ids[:, :mask.sum(1).max()], mask[:, :mask.sum(1).max()]
-    said = [i[:k].tolist() for i, k in zip(ids, mask.sum(1) - ended.long())]      # the end token is no word, special or not
+    said = [
+        i[:k].tolist() for i, k in zip(ids, mask.sum(1) - ended.long())
+    ]  # the end token is no word, special or not
     return Rollout(prompt, pmask, ids, mask, ended, tokenizer.batch_decode(said, skip_special_tokens=True))
 
 # %% ../../nbs/train/grpo.ipynb #tape-5
@@ -355,15 +380,25 @@ def answer_logps(
     (body, head), n, start = body_and_head(model), ro.lengths, ro.prompt_mask.sum(1)
     steps = torch.arange(ro.ids.shape[1], device=ro.ids.device)
     owner = torch.arange(len(ro.ids), device=ro.ids.device)//ro.group
-    first = body(ro.prompt, attention_mask=ro.prompt_mask, position_ids=positions(ro.prompt_mask), use_cache=True)
+    first = body(
+        ro.prompt,
+        attention_mask=ro.prompt_mask,
+        position_ids=positions(ro.prompt_mask),
+        use_cache=True,
+    )
     where, logp, entropy = [], [], []
     for rows in n.argsort(stable=True).chunk(parts):
         T, mine = int(n[rows].max()), owner[rows]
         out = first[0][mine, -1:]
         if T > 1:
             attention = torch.cat([ro.prompt_mask[mine], ro.mask[rows, :T - 1]], 1)
-            rest = body(ro.ids[rows, :T - 1], attention_mask=attention, position_ids=start[mine, None] + steps[:T - 1],
-                        past_key_values=repeat_cache(first.past_key_values, mine), use_cache=True)
+            rest = body(
+                ro.ids[rows, : T - 1],
+                attention_mask=attention,
+                position_ids=start[mine, None] + steps[: T - 1],
+                past_key_values=repeat_cache(first.past_key_values, mine),
+                use_cache=True,
+            )
             out = torch.cat([out, rest[0]], 1)
         keep = ro.mask[rows, :T].bool()
         logits = head(out[keep]).float().log_softmax(-1)
@@ -380,7 +415,9 @@ _tiny = get_scale("tiny")
 class GRPOConfig:
     "What the loop needs to know. The paper tells none of these sizes and rates."
     prompts: Count = _tiny.prompts  # questions a step
-    group: Annotated[int, Field(ge=2, description="answers are compared within a group, so take 2 or more")] = _tiny.group # G
+    group: Annotated[
+        int, Field(ge=2, description="answers are compared within a group, so take 2 or more")
+    ] = _tiny.group  # G
     steps: Count = 100
     max_new: Count = _tiny.max_new  # longest answer, in tokens
     l_max: Count | None = _tiny.max_new # the constant of equation 2; None divides by the answer's own length
@@ -399,7 +436,10 @@ def mean_stats(
     seen: list[dict],   # `clip_stats` of each update
 ) -> dict:              # None where no update has a value
     "The statistics of a batch's updates, averaged."
-    values = {k: [s[k] for s in seen if s[k] is not None] for k in ("clipped_up", "clipped_down", "p_clipped", "ratio")}
+    values = {
+        k: [s[k] for s in seen if s[k] is not None]
+        for k in ("clipped_up", "clipped_down", "p_clipped", "ratio")
+    }
     return {k: float(np.mean(v)) if v else None for k, v in values.items()}
 
 # %% ../../nbs/train/grpo.ipynb #tape-6
@@ -410,7 +450,8 @@ def note_logps(
 ):
     "For the tape: sums over each answer and, of several updates, every token's."
     now().note("logp_sums", logp.sum(1).tolist())
-    if updates > 1 and not now().late: now().note("logps", pack([l[:k].tolist() for l, k in zip(logp.cpu(), ro.lengths)], "<f4"))
+    if updates > 1 and not now().late:
+        now().note("logps", pack([l[:k].tolist() for l, k in zip(logp.cpu(), ro.lengths)], "<f4"))
 
 # %% ../../nbs/train/grpo.ipynb #cell-58
 def update(
@@ -453,12 +494,28 @@ def describe(
     total = max(1, sum(p["clauses"] for p in parts))
     share = {k: sum(p[k] for p in parts)/total for k in ("filler", "repeats", "long", "other")}
     if rubrics: # a clause counts once: said again it is a repeat
-        share["criterion"] = sum(len({(k.kind, k.item) for k in c} & wanted(rubrics[i//ro.group])) for i, c in enumerate(clauses))/total
+        share["criterion"] = (
+            sum(
+                len({(k.kind, k.item) for k in c} & wanted(rubrics[i // ro.group]))
+                for i, c in enumerate(clauses)
+            )
+            / total
+        )
     within = [np.corrcoef(s, l)[0, 1] for s, l in zip(scores, n) if s.std() > 0 and l.std() > 0]
-    return dict(score=float(np.nanmean(scores)), bonus=float(np.nanmean(bonus)), length=float(n.mean()), truncated=1 - ro.ended.float().mean().item(),
-                gate=float((bonus > 0).any(1).mean()), paid=float((bonus > 0).mean()), deviation=float(np.nanstd(scores, axis=1).mean()), score_length=float(np.mean(within)) if within else 0.,
-                unknown=float(np.isnan(scores).mean()), clauses=total/len(parts), **share,
-                **{f"words_{k}": sum(w[k] for w in words)/len(words) for k in PARTS})
+    return dict(
+        score=float(np.nanmean(scores)),
+        bonus=float(np.nanmean(bonus)),
+        length=float(n.mean()),
+        truncated=1 - ro.ended.float().mean().item(),
+        gate=float((bonus > 0).any(1).mean()),
+        paid=float((bonus > 0).mean()),
+        deviation=float(np.nanstd(scores, axis=1).mean()),
+        score_length=float(np.mean(within)) if within else 0.0,
+        unknown=float(np.isnan(scores).mean()),
+        clauses=total / len(parts),
+        **share,
+        **{f"words_{k}": sum(w[k] for w in words) / len(words) for k in PARTS},
+    )
 
 # %% ../../nbs/train/grpo.ipynb #cell-65
 def grade(
@@ -469,8 +526,17 @@ def grade(
 ) -> tuple:                # (N, G) float arrays: the first reward, and the sum of the others; nan where unknown
     "Ask the rewards about a batch of answers."
     each = {k: [r[k] for r in rows for _ in range(ro.group)] for k in rows[0] if k != "prompt"}
-    args = dict(prompts=[r["prompt"] for r in rows for _ in range(ro.group)], completions=[[dict(role="assistant", content=t)] for t in ro.texts], completion_ids=ro.completion_ids)
-    out = [np.array([np.nan if x is None else x for x in guarded(f, patience)(**args, **each)], float).reshape(len(rows), -1) for f in rewards]
+    args = dict(
+        prompts=[r["prompt"] for r in rows for _ in range(ro.group)],
+        completions=[[dict(role="assistant", content=t)] for t in ro.texts],
+        completion_ids=ro.completion_ids,
+    )
+    out = [
+        np.array(
+            [np.nan if x is None else x for x in guarded(f, patience)(**args, **each)], float
+        ).reshape(len(rows), -1)
+        for f in rewards
+    ]
     return out[0], sum(out[1:], np.zeros_like(out[0]))
 
 # %% ../../nbs/train/grpo.ipynb #cell-66
@@ -483,9 +549,15 @@ def grpo_step(
     "Rollout, reward, advantage, update."
     ro = rollout(model, tokenizer, [r["prompt"] for r in rows], cfg.group, cfg.max_new, seed)
     scores, bonus = grade(rewards, rows, ro, cfg.patience)
-    if not np.isfinite(scores + bonus).any(): raise UserError(f"no reward of this step is known: {', '.join(map(name_of, rewards))} gave None or nan for all {scores.size} answers; nothing can be learned from them")
+    if not np.isfinite(scores + bonus).any():
+        raise UserError(
+            f"no reward of this step is known: {', '.join(map(name_of, rewards))} gave None or nan"
+            f" for all {scores.size} answers; nothing can be learned from them"
+        )
     advantage = group_advantage(torch.tensor(scores + bonus, dtype=torch.float32), cfg.scale).flatten()
-    for k, v in dict(scores=scores, bonus=bonus, advantage=advantage, rate=optimizer.param_groups[0]["lr"]).items():
+    for k, v in dict(
+        scores=scores, bonus=bonus, advantage=advantage, rate=optimizer.param_groups[0]["lr"]
+    ).items():
         now().note(k, np.asarray(v).tolist())
     rubrics = [as_rubric(r["rubric"]) for r in rows] if "rubric" in rows[0] else None
     return describe(ro, scores, bonus, rubrics) | update(model, optimizer, ro, advantage, cfg)
@@ -498,7 +570,8 @@ def save_state(
 ):
     "Policy and optimiser in one safetensors file, written in one go."
     state = {f"model.{k}": v for k, v in model.named_parameters()}
-    for i, s in optimizer.state_dict()["state"].items(): state |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in s.items()}
+    for i, s in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in s.items()}
     tmp = Path(f"{path}.tmp")
     save_file({k: v.detach().contiguous() for k, v in state.items()}, tmp, metadata=dict(step=str(step)))
     tmp.replace(path)
@@ -526,7 +599,10 @@ def tasks_at(
     if not callable(tasks): return random.Random(f"{cfg.seed}/{step}").sample(tasks, cfg.prompts)
     told = now().take("rows")
     rows = told if now().late and told else tasks(step)
-    now().note("rows", [r | dict(rubric=as_rubric(r["rubric"]).to_dict()) if "rubric" in r else r for r in rows])
+    now().note(
+        "rows",
+        [r | dict(rubric=as_rubric(r["rubric"]).to_dict()) if "rubric" in r else r for r in rows],
+    )
     return rows
 
 # %% ../../nbs/train/grpo.ipynb #cell-68
@@ -551,7 +627,9 @@ def train(
     with open_tape(run.path) as tape:
         for step in tape.steps(range(start, cfg.steps), keep):
             rows = tasks_at(tasks, cfg, step)
-            row = dict(step=step) | grpo_step(model, tokenizer, optimizer, rows, rewards, cfg, seed=cfg.seed*1_000_003 + step)
+            row = dict(step=step) | grpo_step(
+                model, tokenizer, optimizer, rows, rewards, cfg, seed=cfg.seed * 1_000_003 + step
+            )
             whole = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
             if probe and whole: row |= probe()
             tape.end(row)

@@ -38,9 +38,14 @@ def answer_costs(
 ) -> dict:           # mean tokens: complete in short forms; complete in long forms; complete in the clinic's own mixture
     "What a complete answer costs in tokens, in three manners."
     rng = random.Random(seed)
-    manners = dict(short=Style(1, 0, 0, 0, 0), long=Style(1, 1, 0, 0, 0), usual=Style(1, .6, .225, 0, 0))   # `usual`: the mean of `draw_style`
+    manners = dict(
+        short=Style(1, 0, 0, 0, 0), long=Style(1, 1, 0, 0, 0), usual=Style(1, 0.6, 0.225, 0, 0)
+    )  # `usual`: the mean of `draw_style`
     cases = [draw_case(rng) for _ in range(n)]
-    return {k: float(np.mean([len(tokenizer(answer(c, s, rng)).input_ids) + 1 for c in cases])) for k, s in manners.items()}
+    return {
+        k: float(np.mean([len(tokenizer(answer(c, s, rng)).input_ids) + 1 for c in cases]))
+        for k, s in manners.items()
+    }
 
 # %% ../../nbs/train/length.ipynb #cell-15
 def typical_length(

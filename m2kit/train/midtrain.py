@@ -49,8 +49,16 @@ def prompts_of(
     "Sentences to finish."
     right, possible = {}, {}
     for f in facts:
-        right.setdefault((f.relation, f.a, f.c), set()).add(f.b); possible.setdefault(f.relation, set()).add(f.b)
-    return [(say(f, form(f)).removesuffix(f" {f.b}."), sorted(right[f.relation, f.a, f.c]), sorted(possible[f.relation])) for f in facts]
+        right.setdefault((f.relation, f.a, f.c), set()).add(f.b)
+        possible.setdefault(f.relation, set()).add(f.b)
+    return [
+        (
+            say(f, form(f)).removesuffix(f" {f.b}."),
+            sorted(right[f.relation, f.a, f.c]),
+            sorted(possible[f.relation]),
+        )
+        for f in facts
+    ]
 
 # %% ../../nbs/train/midtrain.ipynb #cell-18
 @torch.no_grad()
@@ -60,11 +68,23 @@ def finish(
     batch: int = 64,  # prompts at once
 ) -> tuple:           # shares in [0, 1] and nats: (how many are right, nats of the right ending)
     "How well a model finishes sentences."
-    one = {w: tokenizer(f" {w}", add_special_tokens=False).input_ids[0] for _, r, p in asked for w in (*r, *p)}
+    one = {
+        w: tokenizer(f" {w}", add_special_tokens=False).input_ids[0]
+        for _, r, p in asked
+        for w in (*r, *p)
+    }
     hits, nats, ordered = 0, 0., sorted(asked, key=lambda a: len(a[0]))
     for some in (ordered[i:i + batch] for i in range(0, len(ordered), batch)):
-        x = tokenizer([a[0] for a in some], padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
-        last = model.model(x.input_ids, attention_mask=x.attention_mask).last_hidden_state[torch.arange(len(some)), x.attention_mask.sum(1) - 1]
+        x = tokenizer(
+            [a[0] for a in some],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        last = model.model(x.input_ids, attention_mask=x.attention_mask).last_hidden_state[
+            torch.arange(len(some)), x.attention_mask.sum(1) - 1
+        ]
         for logp, (_, right, possible) in zip(model.lm_head(last).log_softmax(-1), some):
             r, p = [one[w] for w in right], [one[w] for w in possible]
             hits += p[logp[p].argmax()] in r; nats -= logp[r].logsumexp(0).item()
@@ -84,13 +104,23 @@ def probes(
     "What a model knows of medicine, of every day, and of arithmetic; two CPU seconds."
     rng, new = random.Random(seed), lambda f: len(wordings(f.relation)) - 1
     pick = lambda facts: rng.sample(facts, min(n, len(facts)))
-    asked = dict(medical=prompts_of(medical_facts(), held_out), general=prompts_of(general_facts(), held_out), math=prompts_of(math_facts(), held_out))
+    asked = dict(
+        medical=prompts_of(medical_facts(), held_out),
+        general=prompts_of(general_facts(), held_out),
+        math=prompts_of(math_facts(), held_out),
+    )
     out = {k: finish(model, tokenizer, a if len(a) <= n else pick(a)) for k, a in asked.items()}
-    for k, form in (("medical taught", lambda f: taught(f)[0]), ("medical new", new)): out[k] = finish(model, tokenizer, pick(prompts_of(medical_facts(), form)))
+    for k, form in (("medical taught", lambda f: taught(f)[0]), ("medical new", new)):
+        out[k] = finish(model, tokenizer, pick(prompts_of(medical_facts(), form)))
     names = sorted({c for _, c in _likely(400, 1)})
     talk = lambda d: tokenizer.apply_chat_template(d, add_generation_prompt=True, tokenize=False) + "Likely"
-    out["first words"] = finish(model, tokenizer, [(talk(d), [c], names) for d, c in _likely(min(n, 100), seed + 10**6)])
-    rows = [encode_dialogue(tokenizer, small_talk(random.Random(f"probe {seed} {i}"), turns=4)) for i in range(12)]
+    out["first words"] = finish(
+        model, tokenizer, [(talk(d), [c], names) for d, c in _likely(min(n, 100), seed + 10**6)]
+    )
+    rows = [
+        encode_dialogue(tokenizer, small_talk(random.Random(f"probe {seed} {i}"), turns=4))
+        for i in range(12)
+    ]
     ids, mask, attention = pad_batch([(i, [1]*len(i)) for i, _ in rows], tokenizer.pad_token_id)
     with torch.no_grad(): talked = masked_nll(model, ids, mask, attention).item()/mask[:, 1:].sum().item()
     return {k: dict(right=h, nats=x) for k, (h, x) in out.items()} | dict(talk=dict(nats=talked))
@@ -116,10 +146,17 @@ def midtrain_loss(
     "Equation 1."
     choose(keep, KEEP, "way to keep what is known")
     of = lambda *kinds: [(r.ids, r.mask) for r in rows if r.kind in kinds]
-    terms = {k: (masked_nll(model, *(b := pad_batch(of(k), pad))), b[1][:, 1:].sum().item()) for k in ("knowledge", "notes") if of(k)}
+    terms = {
+        k: (masked_nll(model, *(b := pad_batch(of(k), pad))), b[1][:, 1:].sum().item())
+        for k in ("knowledge", "notes")
+        if of(k)
+    }
     if keep != "none" and (other := of("general", "math")):
         b = pad_batch(other, pad)
-        terms[keep] = (beta*masked_kl(model, ref, *b) if keep == "kl" else masked_nll(model, *b), b[1][:, 1:].sum().item())
+        terms[keep] = (
+            beta * masked_kl(model, ref, *b) if keep == "kl" else masked_nll(model, *b),
+            b[1][:, 1:].sum().item(),
+        )
     return sum(t for t, _ in terms.values()), {k: t.item()/n for k, (t, n) in terms.items()}
 
 # %% ../../nbs/train/midtrain.ipynb #cell-27
@@ -179,7 +216,8 @@ def _go(model, tokenizer, ref, cfg, run, tell):
             tape.end(row)
             run.log(**row)
             if tell: tell(row)
-            if (step + 1) % cfg["save_every"] == 0 or step + 1 == cfg["steps"]: save_state(state, model, both, step + 1)
+            if (step + 1) % cfg["save_every"] == 0 or step + 1 == cfg["steps"]:
+                save_state(state, model, both, step + 1)
 
 # %% ../../nbs/train/midtrain.ipynb #cell-31
 def mid_settings(
@@ -194,7 +232,10 @@ def mid_settings(
         if not cfg[k] > 0: raise UserError(f"mid-training: {k} is {cfg[k]}; it must be above 0")
     replay = cfg.pop("replay")
     if kl and replay:
-        raise UserError("mid-training: kl and replay are two ways to keep what is known; for replay give kl=False")
+        raise UserError(
+            "mid-training: kl and replay are two ways to keep what is known; for replay give"
+            " kl=False"
+        )
     return cfg | dict(seed=seed, keep="kl" if kl else "replay" if replay else "none")
 
 def mid_step(

@@ -38,7 +38,11 @@ class Alarm:
     evidence: dict  # the numbers
     advice: str     # what to do
 
-    def __str__(self): return f"{self.monitor}, step {self.step}: {self.says} ({', '.join(f'{k} {v:.3g}' for k, v in self.evidence.items())}). {self.advice}"
+    def __str__(self):
+        return (
+            f"{self.monitor}, step {self.step}: {self.says}"
+            f" ({', '.join(f'{k} {v:.3g}' for k, v in self.evidence.items())}). {self.advice}"
+        )
 
 # %% ../../nbs/train/monitors.ipynb #cell-8
 def known(
@@ -70,14 +74,23 @@ class EntropyCollapse:
         if len(values) < 2*self.window: return None
         first, last = np.mean(values[:self.window]), np.mean(values[-self.window:])
         if last >= self.share*first: return None
-        return Alarm(self.name, rows[-1]["step"], f"entropy is down to {last/first:.0%} of the first {self.window} steps", dict(first=float(first), last=float(last)),
-                     "Go back to the last good checkpoint; lower the learning rate or the number of updates, raise eps_high, and look whether the reward prefers one fixed answer")
+        return Alarm(
+            self.name,
+            rows[-1]["step"],
+            f"entropy is down to {last/first:.0%} of the first {self.window} steps",
+            dict(first=float(first), last=float(last)),
+            "Go back to the last good checkpoint; lower the learning rate or the number of updates,"
+            " raise eps_high, and look whether the reward prefers one fixed answer",
+        )
 
 # %% ../../nbs/train/monitors.ipynb #cell-14
 @dataclass(frozen=True)
 class RewardHacking:
     "The score rises, and nothing else does."
-    witnesses: tuple = ("held_out", "oracle") # columns that a probe fills; the more independent of the reward, the better
+    witnesses: tuple = (
+        "held_out",
+        "oracle",
+    )  # columns that a probe fills; the more independent of the reward, the better
     score: str = "score"    # the column that is optimised
     rise: float = .1        # of the score, that matters
     keep_up: float = .25    # share of the score's rise that a witness must gain
@@ -92,7 +105,11 @@ class RewardHacking:
         if len(steps) < 2*self.window or not probes: return None
         (a, sa), (b, sb) = mean_se(steps[:self.window]), mean_se(steps[-self.window:])
         rise, gains = b - a, {w: v[-1] - v[0] for w, v in probes.items()}
-        if rise < max(self.rise, self.chance*math.hypot(sa, sb)) or max(gains.values()) >= self.keep_up*rise: return None
+        if (
+            rise < max(self.rise, self.chance * math.hypot(sa, sb))
+            or max(gains.values()) >= self.keep_up * rise
+        ):
+            return None
         return {f"rise of {self.score}": rise, **{f"gain of {w}": g for w, g in gains.items()}}
 
     def look(self,
@@ -102,22 +119,41 @@ class RewardHacking:
         at = [i for i, r in enumerate(rows) if any(w in r for w in self.witnesses)][-2:]
         if len(at) < 2 or at[-1] != len(rows) - 1: return None
         found = [self._behind(rows[:i + 1]) for i in at]
-        return Alarm(self.name, rows[-1]["step"], "the training score rises and no witness follows", found[1],
-                     "Read the best-scored answers of this step; mend the grader or the rubric where they cheat, and go back to the checkpoint before the score parted from the witnesses") if all(found) else None
+        return (
+            Alarm(
+                self.name,
+                rows[-1]["step"],
+                "the training score rises and no witness follows",
+                found[1],
+                "Read the best-scored answers of this step; mend the grader or the rubric where"
+                " they cheat, and go back to the checkpoint before the score parted from the"
+                " witnesses",
+            )
+            if all(found)
+            else None
+        )
 
 # %% ../../nbs/train/monitors.ipynb #cell-17
 @dataclass(frozen=True)
 class Forgetting:
     "The policy can no longer do what it could."
-    falls: dict = field(default_factory=lambda: dict(oracle=.15, diagnosis=.15)) # column -> fall that matters, in its own units
-    rises: dict = field(default_factory=lambda: dict(lessons=1.))                # column -> rise that matters, as a share of the first value
+    falls: dict = field(
+        default_factory=lambda: dict(oracle=0.15, diagnosis=0.15)
+    )  # column -> fall that matters, in its own units
+    rises: dict = field(
+        default_factory=lambda: dict(lessons=1.0)
+    )  # column -> rise that matters, as a share of the first value
     chance: float = 3.      # standard errors, where the row has them
     name: str = "forgetting"
 
     def _lost(self, first, row):
         "What has got worse from one row to another, by more than matters and more than chance."
         worse = {k: (first[k] - row[k], bar) for k, bar in self.falls.items() if k in first and k in row}
-        worse |= {k: (row[k] - first[k], bar*abs(first[k])) for k, bar in self.rises.items() if k in first and k in row}
+        worse |= {
+            k: (row[k] - first[k], bar * abs(first[k]))
+            for k, bar in self.rises.items()
+            if k in first and k in row
+        }
         noise = lambda k: self.chance*math.hypot(first.get(f"{k}_se", 0.), row.get(f"{k}_se", 0.))
         return {k for k, (change, bar) in worse.items() if change > max(bar, noise(k))}
 
@@ -128,8 +164,22 @@ class Forgetting:
         probes = [r for r in rows if any(k in r for k in (*self.falls, *self.rises))]
         if len(probes) < 3 or probes[-1] is not rows[-1]: return None
         lost = sorted(self._lost(probes[0], probes[-1]) & self._lost(probes[0], probes[-2]))
-        return Alarm(self.name, rows[-1]["step"], f"the policy has lost {', '.join(lost)}", {f"{k} {w}": r[k] for k in lost for w, r in (("first", probes[0]), ("now", probes[-1]))},
-                     "Lower the learning rate, mix tasks of the earlier stages into this one, or add a KL term to the policy that the stage began with") if lost else None
+        return (
+            Alarm(
+                self.name,
+                rows[-1]["step"],
+                f"the policy has lost {', '.join(lost)}",
+                {
+                    f"{k} {w}": r[k]
+                    for k in lost
+                    for w, r in (("first", probes[0]), ("now", probes[-1]))
+                },
+                "Lower the learning rate, mix tasks of the earlier stages into this one, or add a"
+                " KL term to the policy that the stage began with",
+            )
+            if lost
+            else None
+        )
 
 # %% ../../nbs/train/monitors.ipynb #cell-20
 @dataclass(frozen=True)
@@ -148,11 +198,28 @@ class SimulatorDrift:
         if len(probes) < 2 or self.column not in rows[-1]: return None
         a, b = probes[0], probes[-1]
         kinds = sorted({*a["counts"], *b["counts"]})
-        test = {k: fisher_exact([[x["counts"].get(k, 0), x["n"] - x["counts"].get(k, 0)] for x in (a, b)]).pvalue*len(kinds) for k in kinds}
+        test = {
+            k: (
+                fisher_exact(
+                    [[x["counts"].get(k, 0), x["n"] - x["counts"].get(k, 0)] for x in (a, b)]
+                ).pvalue
+                * len(kinds)
+            )
+            for k in kinds
+        }
         k = min(test, key=test.get)
         if test[k] >= self.p: return None
-        return Alarm(self.name, rows[-1]["step"], f"replies with {k!r} went from {a['counts'].get(k, 0)} to {b['counts'].get(k, 0)} of {b['n']}", dict(first=a["counts"].get(k, 0)/a["n"], now=b["counts"].get(k, 0)/b["n"], p=test[k]),
-                     "Find out what changed: the simulator's checkpoint, server, sampling or prompt; put it back, and go on from the last checkpoint before the change")
+        return Alarm(
+            self.name,
+            rows[-1]["step"],
+            f"replies with {k!r} went from {a['counts'].get(k, 0)} to {b['counts'].get(k, 0)} of"
+            f" {b['n']}",
+            dict(
+                first=a["counts"].get(k, 0) / a["n"], now=b["counts"].get(k, 0) / b["n"], p=test[k]
+            ),
+            "Find out what changed: the simulator's checkpoint, server, sampling or prompt; put it"
+            " back, and go on from the last checkpoint before the change",
+        )
 
 # %% ../../nbs/train/monitors.ipynb #cell-23
 class Monitors:
@@ -164,8 +231,16 @@ class Monitors:
         tell=print,          # called with each alarm
     ):
         names = [m.name for m in monitors]
-        if (twice := [n for n, c in Counter(names).items() if c > 1]): raise UserError(f"two monitors are named {twice[0]!r}; give one of them another name=")
-        self.monitors, self.run, self.stop, self.tell, self.file, self.rows = monitors, run, stop, tell, run.path/"alarms.jsonl", None
+        if twice := [n for n, c in Counter(names).items() if c > 1]:
+            raise UserError(f"two monitors are named {twice[0]!r}; give one of them another name=")
+        self.monitors, self.run, self.stop, self.tell, self.file, self.rows = (
+            monitors,
+            run,
+            stop,
+            tell,
+            run.path / "alarms.jsonl",
+            None,
+        )
 
     def alarms(self) -> list[Alarm]:
         "The alarms in the folder, in order."
@@ -176,7 +251,9 @@ class Monitors:
         first = self.run.path/"before.jsonl"
         self.rows = [r for r in (*read_jsonl(first), *self.run.rows()) if r["step"] < step]
         kept = [a for a in self.alarms() if a.step < step]
-        if len(kept) < len(self.alarms()): self.file.unlink(); [append_jsonl(self.file, asdict(a)) for a in kept]
+        if len(kept) < len(self.alarms()):
+            self.file.unlink()
+            [append_jsonl(self.file, asdict(a)) for a in kept]
 
     def begin(self,
         probe,               # () -> dict, as for `train`
@@ -193,7 +270,11 @@ class Monitors:
         quiet = {a.monitor for a in self.alarms()}
         new = [a for m in self.monitors if m.name not in quiet and (a := m.look(self.rows))]
         for a in new: append_jsonl(self.file, asdict(a)); self.tell(f"ALARM {a}")
-        if self.stop and new: raise UserError(f"stopped by a monitor: {new[0]}. The checkpoint before it is in {self.run.path}; to go on in spite of it, train with stop=False")
+        if self.stop and new:
+            raise UserError(
+                f"stopped by a monitor: {new[0]}. The checkpoint before it is in {self.run.path};"
+                " to go on in spite of it, train with stop=False"
+            )
         return new
 
 # %% ../../nbs/train/monitors.ipynb #cell-26
@@ -241,10 +322,22 @@ class PolicyProbe:
         seed: int = 10**7,   # away from the seeds of lessons and tasks
         max_new: int = 224,  # longest answer, in tokens
     ):
-        rng, self.model, self.tok, self.seed, self.max_new = random.Random(seed), model, tokenizer, seed, max_new
+        rng, self.model, self.tok, self.seed, self.max_new = (
+            random.Random(seed),
+            model,
+            tokenizer,
+            seed,
+            max_new,
+        )
         self.cases, known = [draw_case(rng) for _ in range(n)], doctor_lessons(tokenizer, seed)
-        self.rubrics = dict(held_out=[expert_rubric(c, 1) for c in self.cases], oracle=[reference_rubric(c) for c in self.cases])
-        self.batch = [x.to(model.device) for x in pad_batch([next(known) for _ in range(2*n)], pad_id(tokenizer))]
+        self.rubrics = dict(
+            held_out=[expert_rubric(c, 1) for c in self.cases],
+            oracle=[reference_rubric(c) for c in self.cases],
+        )
+        self.batch = [
+            x.to(model.device)
+            for x in pad_batch([next(known) for _ in range(2 * n)], pad_id(tokenizer))
+        ]
 
     def points(self,
         texts: list,         # two answers to each case
@@ -257,8 +350,14 @@ class PolicyProbe:
     @torch.no_grad()
     def __call__(self) -> dict:
         "What the policy says to them now."
-        texts, n = rollout(self.model, self.tok, [opening(c) for c in self.cases], 2, self.max_new, self.seed).texts, len(self.cases)
-        right = [{k.item for k in read_clauses(t) if k.kind == "diagnosis"} == {self.cases[i//2].medical.condition} for i, t in enumerate(texts)]
+        texts, n = rollout(
+            self.model, self.tok, [opening(c) for c in self.cases], 2, self.max_new, self.seed
+        ).texts, len(self.cases)
+        right = [
+            {k.item for k in read_clauses(t) if k.kind == "diagnosis"}
+            == {self.cases[i // 2].medical.condition}
+            for i, t in enumerate(texts)
+        ]
         nats = masked_nll(self.model, *self.batch).item()/self.batch[1][:, 1:].sum().item()
         out = by_case(right, n, "diagnosis") | dict(lessons=nats)
         for k, r in self.rubrics.items(): out |= by_case(self.points(texts, r), n, k)
@@ -274,7 +373,14 @@ def patient_questions(
     rng, out = random.Random(seed), []
     for script in [draw_script(rng) for _ in range(n)]:
         turns = (turns := doctor_turns(script, rng))[:closes_at(turns)]
-        talk = [dict(role=r, content=c) for i, t in enumerate(turns) for r, c in (("assistant", t.text), ("user", reference_reply(script, turns[:i], t, rng)))]
+        talk = [
+            dict(role=r, content=c)
+            for i, t in enumerate(turns)
+            for r, c in (
+                ("assistant", t.text),
+                ("user", reference_reply(script, turns[:i], t, rng)),
+            )
+        ]
         out += [(script, talk[:2*i + 1]) for i in sorted(rng.sample(range(len(turns)), min(per, len(turns))))]
     return out
 
@@ -285,7 +391,10 @@ def describe_reply(
 ) -> set[str]:           # what is true of the reply
     "A reply in the terms that drift is looked for in."
     kinds, judged = [s.kind for s in read_reply(reply)], judge_turn(script, question, reply)
-    marks = dict(fact=judged.fact, privacy=judged.privacy) | {"in character": {b.kind for b in BEHAVIOURS} & {*kinds}, "several sentences": len(kinds) > 1}
+    marks = dict(fact=judged.fact, privacy=judged.privacy) | {
+        "in character": {b.kind for b in BEHAVIOURS} & {*kinds},
+        "several sentences": len(kinds) > 1,
+    }
     return {*kinds, *(k for k, holds in marks.items() if holds)}
 
 # %% ../../nbs/train/monitors.ipynb #cell-35
@@ -300,6 +409,15 @@ class PatientProbe:
     def __call__(self) -> dict:
         "What the simulator says to them now."
         scripts, talks = zip(*self.questions)
-        said = [r.reply or "" for r in self.simulator.replies(list(scripts), list(talks), samples=[self.sample]*len(talks))]
-        counts = Counter(k for s, t, r in zip(scripts, talks, said) for k in describe_reply(s, t[-1]["content"], r))
+        said = [
+            r.reply or ""
+            for r in self.simulator.replies(
+                list(scripts), list(talks), samples=[self.sample] * len(talks)
+            )
+        ]
+        counts = Counter(
+            k
+            for s, t, r in zip(scripts, talks, said)
+            for k in describe_reply(s, t[-1]["content"], r)
+        )
         return dict(patient=dict(n=len(talks), counts=dict(sorted(counts.items()))))

@@ -27,9 +27,12 @@ from ..rubrics.experts import TALK, read_point, slice_points, with_lookups
 from ..rubrics.generate import Generator, Source, excerpt, from_case, from_dialogue, persona_text
 from ..rubrics.reference import clause_verdict
 from ..rubrics.rubric import Rubric, Verdict, score
-from .consultant import ASK, TURNS, asked, card, closing, exchanges, fact_finding, hold, session, simulated_patient, told
+from m2kit.train.consultant import (
+    ASK, TURNS, asked, card, closing, exchanges, fact_finding, hold, session, simulated_patient,
+    told)
 from .grpo import (
-    GRPOConfig, Rollout, between, encode_prompts, group_advantage, load_state, pad_id, rollout, save_state, update)
+    GRPOConfig, Rollout, between, encode_prompts, group_advantage, load_state, pad_id, rollout,
+    save_state, update)
 from .rewards import RubricReward
 from .tape import now, open_tape
 
@@ -60,7 +63,9 @@ class PolicyDoctor:
         ro = rollout(self.model, self.tokenizer, talks, 1, self.max_new, self.seed*1009 + self.round)
         self.round += 1
         for i, ids in zip(who, ro.completion_ids): self.said.setdefault(i, []).append(ids)
-        return [t.strip() or "..." for t in answers_in(ro.texts)]      # the patient hears the answer alone, or silence
+        return [
+            t.strip() or "..." for t in answers_in(ro.texts)
+        ]  # the patient hears the answer alone, or silence
 
     @property
     def tokens(self) -> int:
@@ -77,19 +82,25 @@ def play(
 ) -> tuple:                  # the sessions, and the `PolicyDoctor` that held them
     "Sessions of the policy with the simulator, all at once."
     for m in patient.simulator.models.values() if hasattr(patient, "simulator") else ():
-        if hasattr(m, "forget"): m.forget()        # what a model happens to remember must not matter to the last digit
+        if hasattr(m, "forget"):
+            m.forget()  # what a model happens to remember must not matter to the last digit
     doctor = PolicyDoctor(model, tokenizer, seed, max_new)
     return hold(doctor, heard_patient(patient), scripts, turns), doctor
 
 # %% ../../nbs/train/multiturn.ipynb #cell-10
-LAST = 15   # messages of a slice: at most seven exchanges and the greeting, all of a session but for its answer
+# messages of a slice: at most seven exchanges and the greeting, all of a session but for its answer
+LAST = 15
 
 def slices(
     talk: list[dict],      # a session
     last: int = LAST,      # messages of a slice, at most; odd, so that it begins with the patient
 ) -> list[list[dict]]:     # one for each round, the instruction in front
     "The history after each round, as a prompt."
-    if last < 3 or last % 2 == 0: raise UserError(f"slices: last is {last}; a slice begins and ends with the patient, so take an odd number from 3")
+    if last < 3 or last % 2 == 0:
+        raise UserError(
+            f"slices: last is {last}; a slice begins and ends with the patient, so take an odd"
+            " number from 3"
+        )
     return [[talk[0], *talk[1:2*n][-last:]] for n in range(2, len(exchanges(talk)) + 2)]
 
 # %% ../../nbs/train/multiturn.ipynb #cell-13
@@ -99,7 +110,10 @@ def inverted(
     text: str,   # a doctor's turn
 ) -> bool:
     "Does the doctor speak as the patient?"
-    return any(match(s, "patient", "desk") and not match(s, "doctor", "private", "tone", "cost") for s in sentences(text))
+    return any(
+        match(s, "patient", "desk") and not match(s, "doctor", "private", "tone", "cost")
+        for s in sentences(text)
+    )
 
 def fault(
     talk: list[dict],    # a slice
@@ -121,7 +135,10 @@ def due(
 ) -> bool:
     "Has the doctor asked for all that the answer should rest on, or is the next turn the last?"
     acts = [a for a, _ in asked(talk)]
-    return len(acts) >= turns - 1 or (bool(set(ASK.values()) & set(acts)) and len({x for x in asked(talk) if x[0] == 'ask_symptom'}) >= DUE)
+    return len(acts) >= turns - 1 or (
+        bool(set(ASK.values()) & set(acts))
+        and len({x for x in asked(talk) if x[0] == 'ask_symptom'}) >= DUE
+    )
 
 def retell(
     talk: list[dict],   # a slice
@@ -131,9 +148,21 @@ def retell(
     known, lay = told(talk), {s.name: s.lay.rstrip(".") for s in page.symptoms}
     if not known.affirmed: return None
     told_of = lambda s: f"Yes, {lay.get(s, 'I have ' + s)}." if s in known.affirmed else "No, I do not."
-    turns = [(f"Do you have {s}?", told_of(s)) for s in dict.fromkeys(s for a, s in asked(talk) if a == "ask_symptom")]
-    if due(talk): turns.append(("Is there anything about your health that I should know?", " ".join(f"{facts()[f].lay.rstrip('.')}." for f in known.facts) or "No, nothing."))
-    return [dict(role="user", content=f"I have {known.affirmed[0]}."), *(dict(role=r, content=t) for pair in turns for r, t in zip(("assistant", "user"), pair))]
+    turns = [
+        (f"Do you have {s}?", told_of(s))
+        for s in dict.fromkeys(s for a, s in asked(talk) if a == "ask_symptom")
+    ]
+    if due(talk):
+        turns.append(
+            (
+                "Is there anything about your health that I should know?",
+                " ".join(f"{facts()[f].lay.rstrip('.')}." for f in known.facts) or "No, nothing.",
+            )
+        )
+    return [
+        dict(role="user", content=f"I have {known.affirmed[0]}."),
+        *(dict(role=r, content=t) for pair in turns for r, t in zip(("assistant", "user"), pair)),
+    ]
 
 # %% ../../nbs/train/multiturn.ipynb #cell-19
 @cache
@@ -171,7 +200,11 @@ def person_of(
     script: Script,
 ) -> str:           # lines
     "What the generator is told of a person: the lines that it has learned to read."
-    return "\n".join(l for l in persona_text(script.case).splitlines() if l.startswith(("Traits:", "Education:", "Means:")))
+    return "\n".join(
+        l
+        for l in persona_text(script.case).splitlines()
+        if l.startswith(("Traits:", "Education:", "Means:"))
+    )
 
 def slice_source(
     talk: list[dict],     # a slice
@@ -182,7 +215,12 @@ def slice_source(
     "What the generator is asked for a slice."
     page = conditions()[script.case.medical.condition]
     if not (told_so := talk if plain else retell(talk, page)): return None
-    return from_dialogue(told_so, fingerprint(script.id, told_so, whole), persona_text(script.case) if whole else person_of(script), excerpt(page))
+    return from_dialogue(
+        told_so,
+        fingerprint(script.id, told_so, whole),
+        persona_text(script.case) if whole else person_of(script),
+        excerpt(page),
+    )
 
 def record_source(
     script: Script,
@@ -201,7 +239,12 @@ def fit_of(
     could = {(p.kind, p.item, p.points > 0) for p in points}
     mine = {(*(read_point(c.text) or ("", "")), c.positive) for c in rubric}
     core = {(p.kind, p.item, p.points > 0) for p in points if p.core}
-    return sum((*(read_point(c.text) or ("", "")), c.positive) in could for c in rubric), len(rubric), len(core & mine), len(core)
+    return (
+        sum((*(read_point(c.text) or ("", "")), c.positive) in could for c in rubric),
+        len(rubric),
+        len(core & mine),
+        len(core),
+    )
 
 def agreement(
     sources: list, points: list,  # what is asked for, and what experts could ask for; of equal length
@@ -212,7 +255,12 @@ def agreement(
     rows = np.array([fit_of(r, p) for r, p in zip(rubrics, points, strict=True) if r])
     fit, n, core, all_core = rows.sum(0)
     unread = sum(read_point(c.text) is None for r in rubrics if r for c in r)
-    return dict(fitting=float(fit/n), core=float(core/all_core), unread=float(unread/n), failed=1 - len(rows)/len(sources))
+    return dict(
+        fitting=float(fit / n),
+        core=float(core / all_core),
+        unread=float(unread / n),
+        failed=1 - len(rows) / len(sources),
+    )
 
 # %% ../../nbs/train/multiturn.ipynb #cell-27
 class TalkGrader:
@@ -227,7 +275,11 @@ class TalkGrader:
 
     def _one(self, conversation, answer, rubric):
         "Verdicts on one turn."
-        clauses = {(c.kind, c.item) for c in read_clauses(answer) if c.kind != "other" or not match(c.item, "doctor", "private", "tone", "cost")}
+        clauses = {
+            (c.kind, c.item)
+            for c in read_clauses(answer)
+            if c.kind != "other" or not match(c.item, "doctor", "private", "tone", "cost")
+        }
         turn = None if any(k == "diagnosis" for k, _ in clauses) else read_doctor(answer)
         done = set(asked(conversation))
         out = [self._verdict(c, turn, clauses, done) for c in rubric]
@@ -238,10 +290,15 @@ class TalkGrader:
         "One verdict."
         kind, item = read_point(criterion.text) or ("", "")
         if kind not in TALK: return clause_verdict(criterion, clauses)
-        if kind == "ask_health" and sum(a == "ask_symptom" for a, _ in done) < DUE: return Verdict(None, "symptoms come first")
+        if kind == "ask_health" and sum(a == "ask_symptom" for a, _ in done) < DUE:
+            return Verdict(None, "symptoms come first")
         if kind == "early": return Verdict(any(k == "treatment" for k, _ in clauses))
         if turn is None: return Verdict(False)
-        return Verdict(turn.act in ASK.values() and (turn.act, "") not in done if kind == "ask_health" else (turn.act, turn.item) == ("ask_symptom", item))
+        return Verdict(
+            turn.act in ASK.values() and (turn.act, "") not in done
+            if kind == "ask_health"
+            else (turn.act, turn.item) == ("ask_symptom", item)
+        )
 
 # %% ../../nbs/train/multiturn.ipynb #cell-30
 class Finished:
@@ -259,7 +316,10 @@ class Finished:
     ) -> list[float | None]:
         "The reward's values, but for what was cut off."
         values = self.reward(completion_ids=completion_ids, **columns)
-        return [v if v is None or i[-1] in self.ends else 0. for v, i in zip(values, completion_ids, strict=True)]
+        return [
+            v if v is None or i[-1] in self.ends else 0.0
+            for v, i in zip(values, completion_ids, strict=True)
+        ]
 
 # %% ../../nbs/train/multiturn.ipynb #cell-33
 class Fragments:
@@ -275,33 +335,93 @@ class Fragments:
         last: int = LAST, turns: int = TURNS, # as in `slices` and `hold`
         play=play,              # how sessions are played
     ):
-        if cfg.save_every % every: raise UserError(f"Fragments: a run saved every {cfg.save_every} steps cannot go on within a block of {every}; make save_every a multiple of it")
-        self.model, self.tokenizer, self.cfg, self.file, self.writer = model, tokenizer, cfg, run.path/"fragments.jsonl", writer or SliceRubrics()
-        self.patient, self.sessions, self.every, self.last, self.turns, self.play, self.block, self.rows = patient or simulated_patient(cfg.seed), sessions, every, last, turns, play, None, []
+        if cfg.save_every % every:
+            raise UserError(
+                f"Fragments: a run saved every {cfg.save_every} steps cannot go on within a block"
+                f" of {every}; make save_every a multiple of it"
+            )
+        self.model, self.tokenizer, self.cfg, self.file, self.writer = (
+            model,
+            tokenizer,
+            cfg,
+            run.path / "fragments.jsonl",
+            writer or SliceRubrics(),
+        )
+        (
+            self.patient,
+            self.sessions,
+            self.every,
+            self.last,
+            self.turns,
+            self.play,
+            self.block,
+            self.rows,
+        ) = (patient or simulated_patient(cfg.seed), sessions, every, last, turns, play, None, [])
 
     def __call__(self, step: int) -> list[dict]:
         "The rows of a step."
         if self.block != (block := step//self.every): self.fill(block)
         rng = random.Random(f"{self.cfg.seed}/{step}")
-        return rng.sample(self.rows, self.cfg.prompts) if len(self.rows) >= self.cfg.prompts else rng.choices(self.rows, k=self.cfg.prompts)
+        return (
+            rng.sample(self.rows, self.cfg.prompts)
+            if len(self.rows) >= self.cfg.prompts
+            else rng.choices(self.rows, k=self.cfg.prompts)
+        )
 
     def fill(self, block: int):
         "Play sessions, cut them, filter the slices, have rubrics written."
-        scripts = [draw_script(random.Random(f"fragments {self.cfg.seed}/{block}/{i}")) for i in range(self.sessions)]
-        talks, doctor = self.play(self.model, self.tokenizer, scripts, self.patient, self.cfg.seed*10_007 + block, self.turns)
-        cut = [(s, t, fault(t, self.turns)) for s, talk in zip(scripts, talks) for t in slices(talk, self.last)]
+        scripts = [
+            draw_script(random.Random(f"fragments {self.cfg.seed}/{block}/{i}"))
+            for i in range(self.sessions)
+        ]
+        talks, doctor = self.play(
+            self.model,
+            self.tokenizer,
+            scripts,
+            self.patient,
+            self.cfg.seed * 10_007 + block,
+            self.turns,
+        )
+        cut = [
+            (s, t, fault(t, self.turns))
+            for s, talk in zip(scripts, talks)
+            for t in slices(talk, self.last)
+        ]
         good = [(s, t) for s, t, f in cut if not f]
-        good = random.Random(f"{self.cfg.seed}/{block}").sample(good, min(len(good), self.every*self.cfg.prompts))
+        good = random.Random(f"{self.cfg.seed}/{block}").sample(
+            good, min(len(good), self.every * self.cfg.prompts)
+        )
         rubrics = self.writer.slices([t for _, t in good], [s for s, _ in good])
         self.rows, self.block = [dict(prompt=t, rubric=r) for (_, t), r in zip(good, rubrics) if r], block
         self.log(block, [f for *_, f in cut], rubrics, doctor, [card(s, t) for s, t in zip(scripts, talks)])
-        if not self.rows: raise UserError(f"block {block}: none of {len(cut)} fragments is left ({dict(Counter(f for *_, f in cut if f))}); the policy cannot consult yet, so begin with supervised fine-tuning")
+        if not self.rows:
+            raise UserError(
+                f"block {block}: none of {len(cut)} fragments is left"
+                f" ({dict(Counter(f for *_, f in cut if f))}); the policy cannot consult yet, so"
+                " begin with supervised fine-tuning"
+            )
 
     def log(self, block, faults, rubrics, doctor, cards):
         "A line on the block; what was logged of later ones is computed again."
-        row = dict(block=block, tokens=doctor.tokens, fragments=len(faults), kept=len(self.rows), unwritten=sum(r is None for r in rubrics), **{k: faults.count(k) for k in FAULTS},
-                   **{k: float(np.mean([c[k] for c in cards])) for k in ("fact_finding", "score", "diagnosis", "turns", "closed")})
-        atomic_write(self.file, "".join(json.dumps(r) + "\n" for r in [*(r for r in read_jsonl(self.file) if r["block"] < block), row]))
+        row = dict(
+            block=block,
+            tokens=doctor.tokens,
+            fragments=len(faults),
+            kept=len(self.rows),
+            unwritten=sum(r is None for r in rubrics),
+            **{k: faults.count(k) for k in FAULTS},
+            **{
+                k: float(np.mean([c[k] for c in cards]))
+                for k in ("fact_finding", "score", "diagnosis", "turns", "closed")
+            }
+        )
+        atomic_write(
+            self.file,
+            "".join(
+                json.dumps(r) + "\n"
+                for r in [*(r for r in read_jsonl(self.file) if r["block"] < block), row]
+            ),
+        )
 
 # %% ../../nbs/train/multiturn.ipynb #cell-36
 def session_ids(
@@ -366,10 +486,19 @@ def session_step(
     whole = [doctor.said[i][-1][-1] in ends for i in range(len(each))]
     got = [np.nan if r is None else session_reward(*x, r, w) for *x, r, w in zip(each, talks, rubrics, whole)]
     ro = session_rollout(model, tokenizer, talks, [doctor.said[i] for i in range(len(each))], cfg.group)
-    advantage = group_advantage(torch.tensor(got, dtype=torch.float32).reshape(-1, cfg.group), cfg.scale).flatten()
-    for k, v in dict(scores=got, advantage=advantage.tolist(), rate=optimizer.param_groups[0]["lr"]).items(): now().note(k, v)
+    advantage = group_advantage(
+        torch.tensor(got, dtype=torch.float32).reshape(-1, cfg.group), cfg.scale
+    ).flatten()
+    for k, v in dict(
+        scores=got, advantage=advantage.tolist(), rate=optimizer.param_groups[0]["lr"]
+    ).items():
+        now().note(k, v)
     cards = [card(s, t) for s, t in zip(each, talks)]
-    return dict(reward=float(np.nanmean(got)), tokens=doctor.tokens, **{k: float(np.mean([c[k] for c in cards])) for k in cards[0]}) | update(model, optimizer, ro, advantage, cfg)
+    return dict(
+        reward=float(np.nanmean(got)),
+        tokens=doctor.tokens,
+        **{k: float(np.mean([c[k] for c in cards])) for k in cards[0]}
+    ) | update(model, optimizer, ro, advantage, cfg)
 
 def train_sessions(
     model, tokenizer,     # the policy, trained in place
@@ -396,7 +525,8 @@ def train_sessions(
             row = dict(step=step) | session_step(model, tokenizer, optimizer, cfg, patient, writer, step)
             tape.end(row)
             over = keep(row)
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or over: save_state(state, model, optimizer, step + 1)
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or over:
+                save_state(state, model, optimizer, step + 1)
             if over: break
     return run.rows()
 
@@ -411,6 +541,14 @@ def consult_card(
     "Sessions with fresh patients, scored."
     scripts = [draw_script(random.Random(f"card {seed}/{i}")) for i in range(n)]
     talks, doctor = play(model, tokenizer, scripts, patient or simulated_patient(seed), seed)
-    cards = [card(s, t) | dict(tokens=sum(map(len, doctor.said[i]))) for i, (s, t) in enumerate(zip(scripts, talks))]
+    cards = [
+        card(s, t) | dict(tokens=sum(map(len, doctor.said[i])))
+        for i, (s, t) in enumerate(zip(scripts, talks))
+    ]
     faults = [fault(t) for talk in talks for t in slices(talk)]
-    return cards if keep else {k: float(np.mean([c[k] for c in cards])) for k in cards[0]} | {k: faults.count(k)/max(1, len(faults)) for k in FAULTS}
+    return (
+        cards
+        if keep
+        else {k: float(np.mean([c[k] for c in cards])) for k in cards[0]}
+        | {k: faults.count(k) / max(1, len(faults)) for k in FAULTS}
+    )

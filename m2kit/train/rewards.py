@@ -43,7 +43,11 @@ def as_rubric(
     r, # a `Rubric`, its dict, or that as JSON
 ) -> Rubric:
     "The rubric that a column holds."
-    return r if isinstance(r, Rubric) else read_rubric(json.loads(r) if isinstance(r, str) else r, dimensions=None)
+    return (
+        r
+        if isinstance(r, Rubric)
+        else read_rubric(json.loads(r) if isinstance(r, str) else r, dimensions=None)
+    )
 
 # %% ../../nbs/train/rewards.ipynb #cell-13
 class RubricReward:
@@ -77,14 +81,21 @@ def length_reward(
     thresh: float = .5,    # the group's P80 must be above it; not told in the paper
 ) -> np.ndarray:           # (G,), the bonus: 0 or coef/sqrt(length)
     "The conditional length reward of equation 3 for one group."
-    if not 0 <= quantile <= 1: raise UserError(f"the length reward's quantile is {quantile}; it lies between 0 and 1 (0.2 is the formula's reading, 0.8 the text's)")
+    if not 0 <= quantile <= 1:
+        raise UserError(
+            f"the length reward's quantile is {quantile}; it lies between 0 and 1 (0.2 is the"
+            " formula's reading, 0.8 the text's)"
+        )
     scores, lengths = np.asarray(scores, float), np.maximum(np.asarray(lengths, float), 1)
     if np.isnan(scores).all(): return np.zeros(len(scores))
     p80 = np.nanquantile(scores, quantile)
     return np.where((scores >= p80) & (p80 > thresh), coef/np.sqrt(lengths), 0.)
 
 # %% ../../nbs/train/rewards.ipynb #cell-21
-PAPER_LENGTH, PAPER_COEF = 4000, 4.   # tokens (figure 5's answers end at 3,200 to 6,000, as two sources read the chart); equation 3
+PAPER_LENGTH, PAPER_COEF = (
+    4000,
+    4.0,
+)  # tokens (figure 5's answers end at 3,200 to 6,000, as two sources read the chart); equation 3
 
 def matched_coef(
     length: float,  # typical answer length at your scale, in tokens
@@ -108,10 +119,29 @@ class LengthReward:
         prompts, completions, completion_ids, # N of each; the ids say how long an answer is
         **columns,
     ) -> list[float | None]:                  # None where the score is unknown
-        if len(completions) % self.group: raise UserError(f"{len(completions)} completions are no multiple of the group size {self.group}; give LengthReward the trainer's num_generations")
-        base = np.array([np.nan if r is None else r for r in self.reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)])
+        if len(completions) % self.group:
+            raise UserError(
+                f"{len(completions)} completions are no multiple of the group size {self.group};"
+                " give LengthReward the trainer's num_generations"
+            )
+        base = np.array(
+            [
+                np.nan if r is None else r
+                for r in self.reward(
+                    prompts=prompts,
+                    completions=completions,
+                    completion_ids=completion_ids,
+                    **columns
+                )
+            ]
+        )
         lengths = np.array([len(i) for i in completion_ids])
-        bonus = np.concatenate([length_reward(s, n, **self.options) for s, n in zip(base.reshape(-1, self.group), lengths.reshape(-1, self.group))])
+        bonus = np.concatenate(
+            [
+                length_reward(s, n, **self.options)
+                for s, n in zip(base.reshape(-1, self.group), lengths.reshape(-1, self.group))
+            ]
+        )
         return [None if np.isnan(r) else float(b) for r, b in zip(base, bonus)]
 
 # %% ../../nbs/train/rewards.ipynb #cell-27
@@ -144,13 +174,30 @@ def checked(
     name: str,   # of the reward
 ) -> list[float | None]: # finite numbers; None where unknown
     "The values, or a `UserError` that says what is wrong with them."
-    try: values = list(values)
-    except TypeError: raise UserError(f"reward {name} gave {type(values).__name__} {str(values)[:40]!r}; give a list with one number for each completion") from None
-    if len(values) != n: raise UserError(f"reward {name} gave {len(values)} numbers for {n} completions; give one for each")
+    try:
+        values = list(values)
+    except TypeError:
+        raise UserError(
+            f"reward {name} gave {type(values).__name__} {str(values)[:40]!r}; give a list with one"
+            " number for each completion"
+        ) from None
+    if len(values) != n:
+        raise UserError(
+            f"reward {name} gave {len(values)} numbers for {n} completions; give one for each"
+        )
     for i, v in enumerate(values):
-        try: ok = v is None or not math.isinf(v)
-        except TypeError: raise UserError(f"reward {name} gave {v!r} for completion {i}; give a number, or None where the reward is unknown") from None
-        if not ok: raise UserError(f"reward {name} gave {v} for completion {i}; give a finite number, or None where the reward is unknown")
+        try:
+            ok = v is None or not math.isinf(v)
+        except TypeError:
+            raise UserError(
+                f"reward {name} gave {v!r} for completion {i}; give a number, or None where the"
+                " reward is unknown"
+            ) from None
+        if not ok:
+            raise UserError(
+                f"reward {name} gave {v} for completion {i}; give a finite number, or None where"
+                " the reward is unknown"
+            )
     return [None if v is None or math.isnan(v) else float(v) for v in values]
 
 class Alive:
@@ -169,8 +216,10 @@ class Alive:
         if self.lost < self.give_up: return
         faults = getattr(getattr(getattr(self.reward, "grader", None), "report", None), "faults", None)
         why = f" (most often: {faults.most_common(1)[0][0]})" if faults else ""
-        raise UserError(f"reward {name_of(self.reward)} was unknown for the last {self.lost} completions{why}; "
-                        "see that its grader answers, and go on: the run keeps its last checkpoint")
+        raise UserError(
+            f"reward {name_of(self.reward)} was unknown for the last {self.lost} completions{why}; "
+            "see that its grader answers, and go on: the run keeps its last checkpoint"
+        )
 
 def guarded(
     reward,                  # in TRL's shape
@@ -180,10 +229,20 @@ def guarded(
     "A reward that gives finite numbers or None, or stops with a `UserError`; never a silent zero."
     name, alive = name_of(reward), Alive(reward, give_up)
     def ask(prompts, completions, **columns):
-        try: values = within(patience, reward, prompts=prompts, completions=completions, **columns)
-        except UserError: raise
-        except TimeoutError: raise UserError(f"reward {name} took longer than {patience:g} s for {len(completions)} completions; make it faster, or give it more patience") from None
-        except Exception as e: raise UserError(f"reward {name} failed with {type(e).__name__}: {e}; mend it and go on: the run keeps its last checkpoint") from e
+        try:
+            values = within(patience, reward, prompts=prompts, completions=completions, **columns)
+        except UserError:
+            raise
+        except TimeoutError:
+            raise UserError(
+                f"reward {name} took longer than {patience:g} s for {len(completions)} completions;"
+                " make it faster, or give it more patience"
+            ) from None
+        except Exception as e:
+            raise UserError(
+                f"reward {name} failed with {type(e).__name__}: {e}; mend it and go on: the run"
+                " keeps its last checkpoint"
+            ) from e
         values = checked(values, len(completions), name)
         alive.heard(values)
         return values

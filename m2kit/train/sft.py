@@ -72,7 +72,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
                 m.lerp_(p.grad, 1 - group["momentum"])
-                p.add_(orthogonalise(p.grad.lerp(m, group["momentum"])), alpha=-group["lr"]*max(1, p.shape[0]/p.shape[1])**.5)
+                p.add_(
+                    orthogonalise(p.grad.lerp(m, group["momentum"])),
+                    alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5,
+                )
 
 # %% ../../nbs/train/sft.ipynb #cell-16
 def optimizers(
@@ -80,7 +83,11 @@ def optimizers(
     lr: float = 5e-3, muon_lr: float = .015,  # peak rates of AdamW (embeddings, norms) and Muon (matrices)
 ) -> list:
     "Muon for the matrices of the layers, AdamW for the rest."
-    matrix = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    matrix = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     rest = [p for n, p in model.named_parameters() if not any(p is m for m in matrix)]
     return [Muon(matrix, lr=muon_lr), torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=0)]
 

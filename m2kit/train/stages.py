@@ -31,7 +31,11 @@ def check_start(
 ) -> Path:
     "The folder, or a `UserError` when there is no checkpoint in it."
     path = Path(start)
-    if not (path/"model.safetensors").exists(): raise UserError(f"{path}: there is no checkpoint to start from (no model.safetensors); give the folder that an earlier stage returned")
+    if not (path / "model.safetensors").exists():
+        raise UserError(
+            f"{path}: there is no checkpoint to start from (no model.safetensors); give the folder"
+            " that an earlier stage returned"
+        )
     return path
 
 def settings(
@@ -100,7 +104,11 @@ def pass_rates(
     for i in range(0, len(cases), 64):
         some = cases[i:i + 64]
         ro = rollout(model, tokenizer, [opening(c) for c in some], samples, max_new, seed*1009 + i)
-        right = diagnosis_reward([None]*len(ro.texts), ro.texts, condition=[c.medical.condition for c in some for _ in range(samples)])
+        right = diagnosis_reward(
+            [None] * len(ro.texts),
+            ro.texts,
+            condition=[c.medical.condition for c in some for _ in range(samples)],
+        )
         out += np.reshape(right, (-1, samples)).mean(1).tolist()
     return out
 
@@ -112,7 +120,19 @@ def middling(
     return [i for i, r in enumerate(rates) if low <= r <= high]
 
 # %% ../../nbs/train/stages.ipynb #cell-13
-RULE = dict(prompts=12, group=8, steps=16, max_new=144, l_max=144, lr=2e-4, save_every=8, pool=256, samples=6, low=.1, high=.9)   # pool: tasks before the filter
+RULE = dict(
+    prompts=12,
+    group=8,
+    steps=16,
+    max_new=144,
+    l_max=144,
+    lr=2e-4,
+    save_every=8,
+    pool=256,
+    samples=6,
+    low=0.1,
+    high=0.9,
+)  # pool: tasks before the filter
 
 def rule_stage(
     start, seed: int,    # checkpoint folder; of tasks and answers
@@ -124,22 +144,62 @@ def rule_stage(
     def learn(model, tokenizer, cfg, run, o, tell):
         "Tasks and reward; the pass rates are kept in the run's folder."
         cases, file = open_tasks(o["pool"], seed, "rule"), run.path/"pass_rates.json"
-        if not file.exists(): atomic_write(file, json.dumps(pass_rates(model, tokenizer, cases, o["samples"], cfg.max_new, seed)))
+        if not file.exists():
+            atomic_write(
+                file,
+                json.dumps(pass_rates(model, tokenizer, cases, o["samples"], cfg.max_new, seed)),
+            )
         kept = middling(json.loads(file.read_text()), o["low"], o["high"])
-        if len(kept) < cfg.prompts: raise UserError(f"rule stage: {len(kept)} of {len(cases)} tasks have a pass rate from {o['low']} to {o['high']} under this policy, and a step needs {cfg.prompts}; take a larger pool, or another policy: this one knows {'everything' if np.mean(json.loads(file.read_text())) > .5 else 'nothing'} already")
-        train(model, tokenizer, [dict(prompt=opening(cases[i]), condition=cases[i].medical.condition) for i in kept], [Finished(diagnosis_reward, end_ids(model, tokenizer))], cfg, run, tell)
+        if len(kept) < cfg.prompts:
+            raise UserError(
+                f"rule stage: {len(kept)} of {len(cases)} tasks have a pass rate from {o['low']} to"
+                f" {o['high']} under this policy, and a step needs {cfg.prompts}; take a larger"
+                " pool, or another policy: this one knows"
+                f" {'everything' if np.mean(json.loads(file.read_text())) > .5 else 'nothing'}"
+                " already"
+            )
+        train(
+            model,
+            tokenizer,
+            [dict(prompt=opening(cases[i]), condition=cases[i].medical.condition) for i in kept],
+            [Finished(diagnosis_reward, end_ids(model, tokenizer))],
+            cfg,
+            run,
+            tell,
+        )
     return rl_stage("rule", rule_stage, start, seed, RULE, changes, learn, base, tell)
 
 # %% ../../nbs/train/stages.ipynb #cell-16
-RUBRIC = dict(prompts=12, group=8, steps=32, max_new=144, l_max=144, lr=3e-4, save_every=8, pool=192, thresh=.5, quantile=.2, length=True)   # length: with equation 3
+RUBRIC = dict(
+    prompts=12,
+    group=8,
+    steps=32,
+    max_new=144,
+    l_max=144,
+    lr=3e-4,
+    save_every=8,
+    pool=192,
+    thresh=0.5,
+    quantile=0.2,
+    length=True,
+)  # length: with equation 3
 
 def rubric_tasks(
     cases: list,                     # who writes in
     writer: SliceRubrics = None,     # who writes rubrics
 ) -> list[dict]:                     # rows with "prompt" and "rubric"; without those whose rubric could not be read
     "Questions with generated rubrics."
-    sources = [from_question(complaint(c), c.id, persona_text(c), excerpt(conditions()[c.medical.condition])) for c in cases]
-    return [dict(prompt=opening(c), rubric=r) for c, r in zip(cases, (writer or SliceRubrics()).write(sources)) if r]
+    sources = [
+        from_question(
+            complaint(c), c.id, persona_text(c), excerpt(conditions()[c.medical.condition])
+        )
+        for c in cases
+    ]
+    return [
+        dict(prompt=opening(c), rubric=r)
+        for c, r in zip(cases, (writer or SliceRubrics()).write(sources))
+        if r
+    ]
 
 def answer_length(
     model, tokenizer,   # a policy
@@ -148,7 +208,12 @@ def answer_length(
     seed: int,
 ) -> float:             # tokens
     "How long its answers are."
-    return rollout(model, tokenizer, [opening(c) for c in cases], 1, max_new, seed).lengths.float().mean().item()
+    return (
+        rollout(model, tokenizer, [opening(c) for c in cases], 1, max_new, seed)
+        .lengths.float()
+        .mean()
+        .item()
+    )
 
 def rubric_stage(
     start, seed: int,    # checkpoint folder; of questions and answers
@@ -159,14 +224,30 @@ def rubric_stage(
     "Reinforcement learning on open questions with generated rubrics."
     def learn(model, tokenizer, cfg, run, o, tell):
         "Tasks and rewards."
-        cases, reward = open_tasks(o["pool"], seed, "rubric"), Finished(RubricReward(ClauseGrader()), end_ids(model, tokenizer))
+        cases, reward = open_tasks(o["pool"], seed, "rubric"), Finished(
+            RubricReward(ClauseGrader()), end_ids(model, tokenizer)
+        )
         coef = matched_coef(answer_length(model, tokenizer, cases[:64], cfg.max_new, seed))
-        bonus = [LengthReward(reward, cfg.group, coef=coef, thresh=o["thresh"], quantile=o["quantile"])] if o["length"] else []
+        bonus = (
+            [LengthReward(reward, cfg.group, coef=coef, thresh=o["thresh"], quantile=o["quantile"])]
+            if o["length"]
+            else []
+        )
         train(model, tokenizer, rubric_tasks(cases), [reward, *bonus], cfg, run, tell)
     return rl_stage("rubric", rubric_stage, start, seed, RUBRIC, changes, learn, base, tell)
 
 # %% ../../nbs/train/stages.ipynb #cell-20
-MULTITURN = dict(prompts=12, group=8, steps=48, max_new=112, l_max=None, lr=2e-4, save_every=8, sessions=24, every=8)   # sessions: played every `every` steps
+MULTITURN = dict(
+    prompts=12,
+    group=8,
+    steps=48,
+    max_new=112,
+    l_max=None,
+    lr=2e-4,
+    save_every=8,
+    sessions=24,
+    every=8,
+)  # sessions: played every `every` steps
 
 def multiturn_stage(
     start, seed: int,    # checkpoint folder; of patients and answers
@@ -177,19 +258,39 @@ def multiturn_stage(
     "Reinforcement learning on fragments of sessions with the simulator."
     def learn(model, tokenizer, cfg, run, o, tell):
         "Tasks and reward."
-        train(model, tokenizer, Fragments(model, tokenizer, cfg, run, sessions=o["sessions"], every=o["every"]), [Finished(RubricReward(TalkGrader()), end_ids(model, tokenizer))], cfg, run, tell)
+        train(
+            model,
+            tokenizer,
+            Fragments(model, tokenizer, cfg, run, sessions=o["sessions"], every=o["every"]),
+            [Finished(RubricReward(TalkGrader()), end_ids(model, tokenizer))],
+            cfg,
+            run,
+            tell,
+        )
     return rl_stage("multiturn", multiturn_stage, start, seed, MULTITURN, changes, learn, base, tell)
 
 # %% ../../nbs/train/stages.ipynb #cell-25
-SESSIONS = dict(prompts=8, group=8, steps=400, max_new=112, l_max=224, lr=2e-4, save_every=4, budget=100_000)   # patients and sessions with each; budget in sampled tokens; steps at most
+SESSIONS = dict(
+    prompts=8, group=8, steps=400, max_new=112, l_max=224, lr=2e-4, save_every=4, budget=100_000
+)  # patients and sessions with each; budget in sampled tokens; steps at most
 
 def sampled_tokens(
     path,          # the checkpoint folder of a multi-turn or a session stage
 ) -> list[int]:    # after each step, from the beginning
     "Tokens that a stage has sampled: answers, and the sessions that were played for them."
     run, rows = Path(path).parent, read_jsonl(Path(path).parent/"metrics.jsonl")
-    cfg, blocks = json.loads((run/"config.json").read_text())["settings"], {b["block"]: b["tokens"] for b in read_jsonl(run/"fragments.jsonl")}
-    each = [r["tokens"] if "tokens" in r else r["length"]*cfg["prompts"]*cfg["group"] + (blocks[r["step"]//cfg["every"]] if r["step"] % cfg["every"] == 0 else 0) for r in rows]
+    cfg, blocks = json.loads((run / "config.json").read_text())["settings"], {
+        b["block"]: b["tokens"] for b in read_jsonl(run / "fragments.jsonl")
+    }
+    each = [
+        (
+            r["tokens"]
+            if "tokens" in r
+            else r["length"] * cfg["prompts"] * cfg["group"]
+            + (blocks[r["step"] // cfg["every"]] if r["step"] % cfg["every"] == 0 else 0)
+        )
+        for r in rows
+    ]
     return [round(x) for x in np.cumsum(each)]
 
 def session_stage(
@@ -199,5 +300,6 @@ def session_stage(
     **changes,           # of `SESSIONS`
 ) -> Path:               # the checkpoint folder
     "Reinforcement learning on whole sessions with the simulator."
-    def learn(model, tokenizer, cfg, run, o, tell): train_sessions(model, tokenizer, cfg, run, o["budget"], tell=tell)
+    def learn(model, tokenizer, cfg, run, o, tell):
+        train_sessions(model, tokenizer, cfg, run, o["budget"], tell=tell)
     return rl_stage("sessions", session_stage, start, seed, SESSIONS, changes, learn, base, tell)

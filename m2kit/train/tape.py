@@ -28,7 +28,8 @@ def unpack(
     "The rows again. A `ValueError` where the text is damaged."
     try: flat = np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), packed["what"])
     except zlib.error as e: raise ValueError(f"packed numbers are damaged ({e})") from None
-    if len(flat) != sum(packed["n"]): raise ValueError(f"{len(flat)} packed numbers, {sum(packed['n'])} expected")
+    if len(flat) != sum(packed["n"]):
+        raise ValueError(f"{len(flat)} packed numbers, {sum(packed['n'])} expected")
     return np.split(flat, np.cumsum(packed["n"])[:-1]) if packed["n"] else []
 
 # %% ../../nbs/train/tape.ipynb #c10

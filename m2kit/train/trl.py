@@ -33,22 +33,63 @@ def trl_words(
     accumulate: int = 1,   # batches that a process takes its share of answers in
 ) -> dict:                 # fields of trl.GRPOConfig
     "Equation 2, sizes and rates in TRL's words."
-    if cfg.l_max not in (None, cfg.max_new): raise UserError(f"l_max is {cfg.l_max} and max_new {cfg.max_new}: TRL divides by its longest answer, so take l_max=max_new (or None: each answer's own length)")
-    if cfg.prompts % world: raise UserError(f"{cfg.prompts} prompts a step do not divide over {world} processes; a group's answers stay on one card, so take a multiple of {world}")
+    if cfg.l_max not in (None, cfg.max_new):
+        raise UserError(
+            f"l_max is {cfg.l_max} and max_new {cfg.max_new}: TRL divides by its longest answer, so"
+            " take l_max=max_new (or None: each answer's own length)"
+        )
+    if cfg.prompts % world:
+        raise UserError(
+            f"{cfg.prompts} prompts a step do not divide over {world} processes; a group's answers"
+            f" stay on one card, so take a multiple of {world}"
+        )
     share = cfg.prompts//world*cfg.group   # answers a process
-    if share % accumulate: raise UserError(f"each process has {share} answers a step, which do not divide into {accumulate} batches; set gradient_accumulation_steps to a divisor of {share}")
-    eq2 = dict(loss_type="dr_grpo" if cfg.l_max else "grpo", scale_rewards="group" if cfg.scale else "none", beta=0., epsilon=cfg.eps_low, epsilon_high=cfg.eps_high,
-               importance_sampling_level="token", num_iterations=cfg.updates, temperature=1., top_p=1., top_k=0)
-    sizes = dict(num_generations=cfg.group, per_device_train_batch_size=share//accumulate, gradient_accumulation_steps=accumulate, max_completion_length=cfg.max_new,
-                 max_steps=cfg.steps*cfg.updates, save_steps=cfg.save_every*cfg.updates, seed=cfg.seed)
-    rates = dict(learning_rate=cfg.lr, lr_scheduler_type="constant", optim="adamw_torch", adam_beta1=.9, adam_beta2=.95, weight_decay=0., max_grad_norm=cfg.clip_grad)
+    if share % accumulate:
+        raise UserError(
+            f"each process has {share} answers a step, which do not divide into {accumulate}"
+            f" batches; set gradient_accumulation_steps to a divisor of {share}"
+        )
+    eq2 = dict(
+        loss_type="dr_grpo" if cfg.l_max else "grpo",
+        scale_rewards="group" if cfg.scale else "none",
+        beta=0.0,
+        epsilon=cfg.eps_low,
+        epsilon_high=cfg.eps_high,
+        importance_sampling_level="token",
+        num_iterations=cfg.updates,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+    )
+    sizes = dict(
+        num_generations=cfg.group,
+        per_device_train_batch_size=share // accumulate,
+        gradient_accumulation_steps=accumulate,
+        max_completion_length=cfg.max_new,
+        max_steps=cfg.steps * cfg.updates,
+        save_steps=cfg.save_every * cfg.updates,
+        seed=cfg.seed,
+    )
+    rates = dict(
+        learning_rate=cfg.lr,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=cfg.clip_grad,
+    )
     return eq2 | sizes | rates
 
 # %% ../../nbs/train/trl.ipynb #cell-10
 def library():
     "TRL, and not a file of that name in the folder that Python was started in."
     trl = require("trl", "train")
-    if not hasattr(trl, "__version__"): raise UserError(f"import trl finds {trl.__file__}, which is not the library; start Python in another folder")
+    if not hasattr(trl, "__version__"):
+        raise UserError(
+            f"import trl finds {trl.__file__}, which is not the library; start Python in another"
+            " folder"
+        )
     return trl
 
 def trl_config(
@@ -59,14 +100,40 @@ def trl_config(
     "Our settings as TRL's, every key checked against the installed version."
     trl = library()
     known, cpu = {f.name for f in fields(trl.GRPOConfig)}, not torch.cuda.is_available()
-    house = dict(shuffle_dataset=False, logging_strategy="steps", logging_steps=1, save_strategy="steps", save_total_limit=2, report_to="none", disable_tqdm=True)
+    house = dict(
+        shuffle_dataset=False,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="steps",
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+    )
     if cpu: house |= dict(use_cpu=True, bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False)
-    ours = trl_words(cfg, int(os.environ.get("WORLD_SIZE", 1)), more.get("gradient_accumulation_steps", 1)) | house
+    ours = (
+        trl_words(
+            cfg, int(os.environ.get("WORLD_SIZE", 1)), more.get("gradient_accumulation_steps", 1)
+        )
+        | house
+    )
     for k in more: choose(k, known, f"field of trl.GRPOConfig in TRL {trl.__version__}")
-    if (gone := sorted(set(ours) - known)): raise UserError(f"TRL {trl.__version__} has no field {gone[0]!r}; this recipe was checked with 1.14.2: pip install 'trl==1.14.2'")
-    try: args = trl.GRPOConfig(output_dir=str(out), **ours | more)
-    except ValueError as e: raise UserError(f"TRL {trl.__version__} refuses these settings: {' '.join(str(e).split())}") from None
-    if args.generation_batch_size != cfg.prompts*cfg.group: raise UserError(f"TRL would sample {args.generation_batch_size} answers a step, and {cfg.prompts} prompts x {cfg.group} are {cfg.prompts*cfg.group}; leave its batch sizes to prompts and group")
+    if gone := sorted(set(ours) - known):
+        raise UserError(
+            f"TRL {trl.__version__} has no field {gone[0]!r}; this recipe was checked with 1.14.2:"
+            " pip install 'trl==1.14.2'"
+        )
+    try:
+        args = trl.GRPOConfig(output_dir=str(out), **ours | more)
+    except ValueError as e:
+        raise UserError(
+            f"TRL {trl.__version__} refuses these settings: {' '.join(str(e).split())}"
+        ) from None
+    if args.generation_batch_size != cfg.prompts * cfg.group:
+        raise UserError(
+            f"TRL would sample {args.generation_batch_size} answers a step, and {cfg.prompts}"
+            f" prompts x {cfg.group} are {cfg.prompts*cfg.group}; leave its batch sizes to prompts"
+            " and group"
+        )
     return args
 
 # %% ../../nbs/train/trl.ipynb #cell-15
@@ -75,8 +142,14 @@ def step_rows(
     cfg: GRPOConfig,   # prompts, steps, seed
 ) -> list[dict]:       # prompts x steps rows
     "The questions of all steps, in the order in which our loop asks them."
-    rows = [tasks(s) if callable(tasks) else random.Random(f"{cfg.seed}/{s}").sample(tasks, cfg.prompts) for s in range(cfg.steps)]
-    if (odd := next((s for s, r in enumerate(rows) if len(r) != cfg.prompts), None)) is not None: raise UserError(f"step {odd} has {len(rows[odd])} tasks; the batch is prompts={cfg.prompts}")
+    rows = [
+        tasks(s) if callable(tasks) else random.Random(f"{cfg.seed}/{s}").sample(tasks, cfg.prompts)
+        for s in range(cfg.steps)
+    ]
+    if (odd := next((s for s, r in enumerate(rows) if len(r) != cfg.prompts), None)) is not None:
+        raise UserError(
+            f"step {odd} has {len(rows[odd])} tasks; the batch is prompts={cfg.prompts}"
+        )
     return [r for step in rows for r in step]
 
 def trl_dataset(
@@ -85,7 +158,11 @@ def trl_dataset(
     "Rows as TRL takes them: rubrics as JSON."
     datasets, names = require("datasets", "train"), set(rows[0])
     for i, r in enumerate(rows):
-        if set(r) != names or "prompt" not in r: raise UserError(f"row {i} has the columns {sorted(r)} and row 0 {sorted(names)}; every row needs the same, and a prompt")
+        if set(r) != names or "prompt" not in r:
+            raise UserError(
+                f"row {i} has the columns {sorted(r)} and row 0 {sorted(names)}; every row needs"
+                " the same, and a prompt"
+            )
     plain = lambda v: json.dumps(v.to_dict()) if isinstance(v, Rubric) else v
     return datasets.Dataset.from_list([{k: plain(v) for k, v in r.items()} for r in rows])
 
@@ -96,7 +173,12 @@ class Together:
         rewards: list,         # in TRL's shape
         patience: float = 600.,# seconds that one call of one reward may take
     ):
-        self.names, self.rewards, self.batch, self.values = [name_of(f) for f in rewards], [guarded(f, patience) for f in rewards], None, None
+        self.names, self.rewards, self.batch, self.values = (
+            [name_of(f) for f in rewards],
+            [guarded(f, patience) for f in rewards],
+            None,
+            None,
+        )
 
     def ask(self,
         prompts, completions, **columns, # N of each
@@ -104,8 +186,14 @@ class Together:
         "All rewards of a batch."
         values = [f(prompts=prompts, completions=completions, **columns) for f in self.rewards]
         known = [all(v is not None for v in row) for row in zip(*values)]
-        if not any(known): raise UserError(f"no reward of this step is known: {', '.join(self.names)} gave None or nan for all {len(completions)} answers; nothing can be learned from them")
-        self.values, self.batch = [[v if k else None for v, k in zip(vs, known)] for vs in values], dict(prompts=prompts, completions=completions, **columns)
+        if not any(known):
+            raise UserError(
+                f"no reward of this step is known: {', '.join(self.names)} gave None or nan for all"
+                f" {len(completions)} answers; nothing can be learned from them"
+            )
+        self.values, self.batch = [
+            [v if k else None for v, k in zip(vs, known)] for vs in values
+        ], dict(prompts=prompts, completions=completions, **columns)
 
     @property
     def functions(self) -> list:
@@ -116,7 +204,8 @@ class Together:
                 prompts, completions, **columns, # the batch
             ):
                 "Asked first it asks all."
-                if not self.batch or self.batch["completions"] is not completions: self.ask(prompts, completions, **columns)
+                if not self.batch or self.batch["completions"] is not completions:
+                    self.ask(prompts, completions, **columns)
                 return self.values[i]
             reward.__name__ = self.names[i]
             return reward
@@ -136,7 +225,8 @@ def as_rollout(
     ended = torch.tensor([int(i[-1]) in ends for i in ids])
     return Rollout(nothing, nothing, padded, mask, ended, [text_of(c) for c in batch["completions"]])
 
-# ours, TRL's: what it logs of an update. It tells neither the old probability of clipped tokens nor the mean ratio.
+# ours, TRL's: what it logs of an update. It tells neither the old probability of clipped tokens nor
+# the mean ratio.
 NAMES = dict(entropy="entropy", clipped="clip_ratio/region_mean", grad_norm="grad_norm", loss="loss")
 SIDES = dict(clipped_up="clip_ratio/high_mean", clipped_down="clip_ratio/low_mean")
 
@@ -148,11 +238,23 @@ def step_row(
 ) -> dict:
     "A row as `train.grpo.train` writes it, but for `p_clipped` and `ratio`."
     import numpy as np
-    scores, *others = [np.array([np.nan if x is None else x for x in v]).reshape(-1, group) for v in together.values]
+    scores, *others = [
+        np.array([np.nan if x is None else x for x in v]).reshape(-1, group)
+        for v in together.values
+    ]
     columns = together.batch
     rubrics = [as_rubric(r) for r in columns["rubric"][::group]] if "rubric" in columns else None
-    row = describe(as_rollout(tokenizer, ends, columns, group), scores, sum(others, np.zeros_like(scores)), rubrics)
-    return row | {k: logs[-1][v] for k, v in NAMES.items()} | {k: float(np.mean([l[v] for l in logs])) for k, v in SIDES.items()}
+    row = describe(
+        as_rollout(tokenizer, ends, columns, group),
+        scores,
+        sum(others, np.zeros_like(scores)),
+        rubrics,
+    )
+    return (
+        row
+        | {k: logs[-1][v] for k, v in NAMES.items()}
+        | {k: float(np.mean([l[v] for l in logs])) for k, v in SIDES.items()}
+    )
 
 # %% ../../nbs/train/trl.ipynb #cell-23
 def ledger(
@@ -207,11 +309,22 @@ def trl_trainer(
     from transformers.utils import logging
     logging.disable_progress_bar()
     args = trl_config(cfg, run.path/"trl", **more)
-    if args.use_vllm and find_spec("vllm") is None: raise UserError("use_vllm needs vLLM and a CUDA card; install the extra [gpu] (pip install 'm2kit[gpu]'), or leave it out: transformers generates then")
+    if args.use_vllm and find_spec("vllm") is None:
+        raise UserError(
+            "use_vllm needs vLLM and a CUDA card; install the extra [gpu] (pip install"
+            " 'm2kit[gpu]'), or leave it out: transformers generates then"
+        )
     model, tokenizer = policy(model, tokenizer, "quantization_config" in options)
     together = Together(rewards, cfg.patience)
     options["callbacks"] = [*options.get("callbacks", []), ledger(run, together, tokenizer, cfg, tell)]
-    trainer = trl.GRPOTrainer(model=model, args=args, reward_funcs=together.functions, train_dataset=trl_dataset(step_rows(tasks, cfg)), processing_class=tokenizer, **options)
+    trainer = trl.GRPOTrainer(
+        model=model,
+        args=args,
+        reward_funcs=together.functions,
+        train_dataset=trl_dataset(step_rows(tasks, cfg)),
+        processing_class=tokenizer,
+        **options
+    )
     trainer.remove_callback(PrinterCallback)   # the rows are told by `tell`
     return trainer
 
@@ -263,7 +376,9 @@ def parity_arm(
     if step.done is not None: return step.rows(), step.done["seconds"]
     with step.work():
         if step.own is None:
-            cfg, rubric = GRPOConfig(**{k: step.config[k] for k in asdict(PARITY)}), RubricReward(ClauseGrader())
+            cfg, rubric = GRPOConfig(**{k: step.config[k] for k in asdict(PARITY)}), RubricReward(
+                ClauseGrader()
+            )
             rewards, marks = [rubric, LengthReward(rubric, cfg.group, coef=coef)], [time.process_time()]
             mark = lambda row: marks.append(time.process_time())
             ENGINES[engine](*load_policy(doctor), clinic_tasks(2000, seed), rewards, cfg, step, tell=mark)
@@ -278,7 +393,13 @@ def session_rows(
     rows = []
     for s in scripts:
         *before, greeting = session()
-        rows.append(dict(prompt=[*before, greeting | dict(name=s.id)], condition=s.case.medical.condition, patient=s.id))
+        rows.append(
+            dict(
+                prompt=[*before, greeting | dict(name=s.id)],
+                condition=s.case.medical.condition,
+                patient=s.id,
+            )
+        )
     return rows
 
 # %% ../../nbs/train/trl.ipynb #cell-42
@@ -302,7 +423,11 @@ class Session:
     ):
         "The doctor's turn."
         self.add(ids, 1, logps)
-        if ids[-1] not in self.ends: self.add([t for t in between(self.tokenizer, self.ends, ids[-1], "?")[:1] if t in self.ends], 0)
+        if ids[-1] not in self.ends:
+            self.add(
+                [t for t in between(self.tokenizer, self.ends, ids[-1], "?")[:1] if t in self.ends],
+                0,
+            )
         said, = answers_in([self.tokenizer.decode(ids, skip_special_tokens=True)])
         self.dialogue.append(dict(role="assistant", content=said.strip() or "..."))
 
@@ -318,7 +443,11 @@ def speak(
     limit: int,               # tokens of a turn
 ) -> tuple:                   # ids of each turn; their log-probabilities, or None where the engine does not tell
     "One turn each, by the engine that TRL was told to use."
-    if not hasattr(trainer, "_generate_single_turn"): raise UserError("this TRL generates in another way; the multi-turn rollout was checked with 1.14.2: pip install 'trl==1.14.2'")
+    if not hasattr(trainer, "_generate_single_turn"):
+        raise UserError(
+            "this TRL generates in another way; the multi-turn rollout was checked with 1.14.2: pip"
+            " install 'trl==1.14.2'"
+        )
     usual = trainer.generation_config
     trainer.generation_config = deepcopy(usual)
     trainer.generation_config.max_new_tokens = limit
@@ -343,16 +472,32 @@ def consult_rollout(
         who = [known[choose(p[-1].get("name"), known, "patient")] for p in prompts]
         ends = end_ids(trainer.model, tokenizer)
         seats = [Session(tokenizer, ends, s, p) for s, p in zip(who, prompts)]
-        first = (trainer.state.global_step*trainer.args.world_size + trainer.args.process_index)*n   # no two sessions of a run draw the same replies
+        first = (
+            trainer.state.global_step * trainer.args.world_size + trainer.args.process_index
+        ) * n  # no two sessions of a run draw the same replies
         going, told = list(range(n)), True
         for turn in range(turns):
             ids, logps = speak(trainer, [seats[i].prompt + seats[i].ids for i in going], limit)
             for k, i in enumerate(going): seats[i].say(ids[k], logps and logps[k])
             told, going = logps is not None, [i for i in going if not over(seats[i].dialogue[-1]["content"])]
             if not going or turn == turns - 1: break
-            for i, reply in zip(going, patient([seats[i].script for i in going], [seats[i].dialogue for i in going], [first + i for i in going]), strict=True): seats[i].hear(reply)
-        return dict(prompt_ids=[s.prompt for s in seats], completion_ids=[s.ids for s in seats], env_mask=[s.learned for s in seats],
-                    logprobs=[s.logps for s in seats] if told else None, dialogue=[s.dialogue for s in seats])
+            for i, reply in zip(
+                going,
+                patient(
+                    [seats[i].script for i in going],
+                    [seats[i].dialogue for i in going],
+                    [first + i for i in going],
+                ),
+                strict=True,
+            ):
+                seats[i].hear(reply)
+        return dict(
+            prompt_ids=[s.prompt for s in seats],
+            completion_ids=[s.ids for s in seats],
+            env_mask=[s.learned for s in seats],
+            logprobs=[s.logps for s in seats] if told else None,
+            dialogue=[s.dialogue for s in seats],
+        )
     return rollout
 
 # %% ../../nbs/train/trl.ipynb #cell-49
@@ -379,8 +524,18 @@ def qlora(
     require("bitsandbytes", "train"), (peft := require("peft", "train"))
     from transformers import BitsAndBytesConfig
     compute = compute or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
-    return dict(quantization_config=four, peft_config=peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"))
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return dict(
+        quantization_config=four,
+        peft_config=peft.LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM"
+        ),
+    )
 
 # %% ../../nbs/train/trl.ipynb #cell-60
 def unsloth_calls(
@@ -391,16 +546,43 @@ def unsloth_calls(
     seed: int = 0,          # of the adapters' start
 ) -> dict:                  # keyword arguments of the two calls: "from_pretrained", "get_peft_model"
     "What unsloth is asked."
-    start = dict(model_name=str(path), max_seq_length=length, load_in_4bit=True, fast_inference=vllm, max_lora_rank=rank, random_state=seed)
+    start = dict(
+        model_name=str(path),
+        max_seq_length=length,
+        load_in_4bit=True,
+        fast_inference=vllm,
+        max_lora_rank=rank,
+        random_state=seed,
+    )
     layers = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
-    return dict(from_pretrained=start, get_peft_model=dict(r=rank, lora_alpha=alpha, target_modules=layers, use_gradient_checkpointing="unsloth", random_state=seed))
+    return dict(
+        from_pretrained=start,
+        get_peft_model=dict(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=layers,
+            use_gradient_checkpointing="unsloth",
+            random_state=seed,
+        ),
+    )
 
 def unsloth_model(
     path, length: int, **options, # as for `unsloth_calls`
 ) -> tuple:                       # model and tokenizer, for `trl_trainer`; call this before anything imports trl
     "A 4-bit model with adapters, by unsloth."
-    missing = [n for n, there in (("unsloth", find_spec("unsloth")), ("a CUDA card", torch.cuda.is_available())) if not there]
-    if missing: raise UserError(f"unsloth training needs {' and '.join(missing)}, and there is none here; on a machine with a card: pip install 'm2kit[gpu]'. Without one: trl_train(..., options=qlora())")
+    missing = [
+        n
+        for n, there in (
+            ("unsloth", find_spec("unsloth")),
+            ("a CUDA card", torch.cuda.is_available()),
+        )
+        if not there
+    ]
+    if missing:
+        raise UserError(
+            f"unsloth training needs {' and '.join(missing)}, and there is none here; on a machine"
+            " with a card: pip install 'm2kit[gpu]'. Without one: trl_train(..., options=qlora())"
+        )
     from unsloth import FastLanguageModel
     calls = unsloth_calls(path, length, **options)
     model, tokenizer = FastLanguageModel.from_pretrained(**calls["from_pretrained"])
@@ -418,7 +600,14 @@ def vllm_fields(
     choose(mode, ("colocate", "server"), "vLLM mode")
     if not 0 < share < 1: raise UserError(f"vLLM's share of the memory is {share}; it lies between 0 and 1")
     if mode == "server": return dict(use_vllm=True, vllm_mode=mode, vllm_server_base_url=url)
-    return dict(use_vllm=True, vllm_mode=mode, vllm_gpu_memory_utilization=share, vllm_max_model_length=length, vllm_tensor_parallel_size=cards, vllm_enable_sleep_mode=True)
+    return dict(
+        use_vllm=True,
+        vllm_mode=mode,
+        vllm_gpu_memory_utilization=share,
+        vllm_max_model_length=length,
+        vllm_tensor_parallel_size=cards,
+        vllm_enable_sleep_mode=True,
+    )
 
 def vllm_server(
     model,               # a checkpoint folder or a name
@@ -427,4 +616,15 @@ def vllm_server(
     port: int = 8000,    # where it listens
 ) -> list[str]:          # a command
     "The command that starts the server, before the training."
-    return ["trl", "vllm-serve", "--model", str(model), "--tensor_parallel_size", str(cards), "--max_model_len", str(length), "--port", str(port)]
+    return [
+        "trl",
+        "vllm-serve",
+        "--model",
+        str(model),
+        "--tensor_parallel_size",
+        str(cards),
+        "--max_model_len",
+        str(length),
+        "--port",
+        str(port),
+    ]
