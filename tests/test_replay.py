@@ -177,9 +177,25 @@ def test_all_of_them(length, mid, sessions, world):
     assert said[-1] == "replay: 3 of 3 agree" and all("agrees" in s for s in said[:-1])
     with pytest.raises(UserError, match="no record with a tape is called lenght"): r.taped(["lenght"], world)
 
-def test_a_start_that_is_not_here(length):
-    out = r.replay_record(length | dict(inputs=dict(doctor="doctor-000000000000")))
+def test_a_start_that_is_not_here(length, world, monkeypatch):
+    "Known, so that another model stands in and what needs no weights is compared; or not."
+    out = r.replay_record(length | dict(inputs=dict(doctor="doctor-000000000000")), world)
     assert not out.agrees and "its doctor is not here: doctor-000000000000" in r.told_replay("length", out)
+    keep_records("toy", [Step("toy", dict(seed=0)).record_of()], world)
+    monkeypatch.setattr(r, "checkpoint_of", lambda name: None)
+    monkeypatch.setattr(r, "data_dir", lambda: world)
+    other = world/"tiny"/"doctor"
+    other.parent.mkdir(exist_ok=True); other.symlink_to(babbler(1))
+    out = r.replay_record(length, world)
+    assert out.agrees and "as far as it can without toy-" in r.told_replay("length", out)
+    assert {"bonus", "advantage", "loss", "rate"} <= {c.what for c in out.compared} and not {"logp_sums", "grad_norm"} & {c.what for c in out.compared}
+    assert {c.step for c in out.compared} == {0, 1, 2} and "is not here" in r.certify_record(replaced(out, older(length, "m2kit.train.grpo", "policy_loss")), world)
+    monkeypatch.setattr(grpo, "policy_loss", lambda *a, real=grpo.policy_loss, **k: (-(x := real(*a, **k))[0], x[1]))
+    assert {c.what for c in r.replay_record(length, world).compared if not c.agrees} == {"loss"}
+
+def replaced(out, record):
+    from dataclasses import replace
+    return replace(out, record=record)
 
 # ---- certificates
 
