@@ -121,7 +121,8 @@ class ReplayTape(Tape):
     def prepare(self): self.entry = None; self.open(-1) if -1 in self.entries else None
 
     def take(self, name):
-        values = (self.entry or {}).get(name, [])
+        if self.entry is None: return None
+        values = self.entry.get(name, [])
         self.taken[name] += 1
         return values[self.taken[name] - 1] if self.taken[name] <= len(values) else None
 
