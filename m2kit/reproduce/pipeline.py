@@ -845,4 +845,7 @@ def reproduce(
         try: run_plan(plan, state, parameters, out, progress)
         finally: progress.stop()
         if any(nb.kind == "exhibit" for nb in books.values()): publish(out, nbs, scale, progress)
-    return conclude(plan, time.time() - begin, progress)
+    status = conclude(plan, time.time() - begin, progress)
+    if only or nbs: return status                    # a part of the book, or another one
+    from m2kit.reproduce.replay import replay_all    # opens torch
+    return status if replay_all(progress.say) else 1
