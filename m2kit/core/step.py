@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AFRESH', 'WITHIN', 'DIGITS', 'exported_as', 'place_of', 'as_json', 'Step', 'Made', 'made', 'this_machine',
-           'provenance', 'writing', 'load_object', 'asked', 'evidence_mode', 'records', 'step_names', 'record_at',
-           'rounded', 'keep_records', 'freshness', 'weights_of', 'shipped', 'ship']
+           'provenance', 'writing', 'at_work', 'load_object', 'asked', 'evidence_mode', 'records', 'step_names',
+           'record_at', 'rounded', 'keep_records', 'freshness', 'weights_of', 'shipped', 'shipped_now', 'ship']
 
 # %% ../../nbs/core/step.ipynb #cell-4
 import ast, inspect, json, os, platform, shutil, time
@@ -152,6 +152,10 @@ WITHIN = "M2KIT_WITHIN"     # the folder of the step that this process, or the o
 def lock(self: Step) -> FileLock:
     "One process at a time; the lock goes with the process that held it."
     return FileLock(self.open()/"lock")
+
+def at_work() -> Path | None: # None where no step is at work
+    "The folder of the step that this process works on: for what a computation keeps on the way."
+    return Path(folder) if (folder := os.environ.get(WITHIN)) else None
 
 @patch(as_prop=True)
 def took(self: Step) -> dict: # "cpu" and "clock", seconds
@@ -432,6 +436,17 @@ def shipped(
         f"{folder}: its weights are not those of its step.json; restore them: git checkout --"
         f" {folder}"
     )
+
+def shipped_now(
+    kind: str,        # of a tiny model's step
+    data=None,        # the folder of data; the kit's own by default
+) -> Path | None:     # None as for `shipped`, and for a model that is made from another
+    "The checkpoint that comes with the book, found without importing what makes it, which takes seconds."
+    told = load_object(Path(data or data_dir())/"tiny"/kind/"step.json")
+    if not told or told["inputs"]: return None
+    step = Step(kind, told["settings"], told["of"])   # a change of its settings is a change of its code
+    if folder := shipped(step, data): step.ask(folder)
+    return folder
 
 def ship(
     step_path,        # the folder of a finished step that has left a checkpoint
