@@ -287,7 +287,7 @@ def result(self: Step, compute) -> dict: # what `compute` gave, rounded as in th
     return self.done
 
 @patch(as_prop=True)
-def origin(self: Step) -> dict: # commit, versions, machine, cpu (seconds); {} where there is no result
+def maker(self: Step) -> dict: # commit, versions, machine, cpu (seconds); {} where there is no result
     "Who made the result that `done` gives: a time is a time on some machine."
     if told := load_object(self.path/"done.json"): return told["made"] | dict(cpu=self.took["cpu"])
     return (self.kept or {}).get("made", {})
@@ -440,11 +440,14 @@ def shipped(
 def shipped_now(
     kind: str,        # of a tiny model's step
     data=None,        # the folder of data; the kit's own by default
-) -> Path | None:     # None as for `shipped`, and for a model that is made from another
+) -> Path | None:     # None as for `shipped`, also where what it was made from is not there now
     "The checkpoint that comes with the book, found without importing what makes it, which takes seconds."
     told = load_object(Path(data or data_dir())/"tiny"/kind/"step.json")
-    if not told or told["inputs"]: return None
-    step = Step(kind, told["settings"], told["of"])   # a change of its settings is a change of its code
+    if not told: return None
+    below = {r: shipped_now(n.rpartition("-")[0], data) for r, n in told["inputs"].items()}
+    if not all(below.values()): return None
+    inputs = {r: made(f) for r, f in below.items()}
+    step = Step(kind, told["settings"], told["of"], inputs)   # a change of its settings is a change of its code
     if folder := shipped(step, data): step.ask(folder)
     return folder
 
