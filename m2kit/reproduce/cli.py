@@ -6,7 +6,7 @@
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
            'option', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks',
            'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script', 'training', 'Unopened',
-           'seed_option', 'answer_sampling', 'run_benchmark']
+           'seed_option', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
 import sys
@@ -604,23 +604,6 @@ def consult(case, number, condition, seed, model, checker, judge, save, log):
     talk(consultation)
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-62
-def answer_sampling(
-    model,         # the spec of who answers
-    temperature,   # None: 1
-    max_tokens,    # None: 224 for a tiny model, else 2048
-    seed: int,     # of the answers
-):                 # a `Sampling`; None when nothing was said, for the harness's own
-    "How answers are sampled."
-    from m2kit.lm.chat import Sampling
-    if temperature is None and max_tokens is None: return None
-    room = 224 if str(model).startswith("tiny:") else 2048
-    return Sampling(
-        temperature=1.0 if temperature is None else temperature,
-        max_tokens=max_tokens or room,
-        seed=seed,
-    )
-
 # %% ../../nbs/reproduce/cli.ipynb #cell-64
 WHO = [
     option("--model", type=Spec("recorded"), metavar="SPEC",
@@ -665,9 +648,10 @@ GRADING = [
                 "the reference would.")]
 CALLS = [
     option("--temperature", type=click.FloatRange(min=0), metavar="T",
-           help="Of the answers; by default 1."),
+           help="Of the answers; by default the model's own, else .6 (tiny models: 1)."),
     option("--max-tokens", type=COUNT, metavar="N",
-           help="Of the answers; by default 2048 (tiny models: 224)."),
+           help="Of the answers, reasoning included; by default 32768, where it has room for it "
+                "(tiny models: 224)."),
     option("--concurrency", type=COUNT, metavar="N",
            help="Requests at a time to a server; by default 64, and up to 256 while that helps."),
     option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, metavar="S",
@@ -684,12 +668,14 @@ def run_benchmark(
     "HealthBench, or the grader against physicians, as the options say."
     from m2kit.evaluate.harness import as_text, run_healthbench
     from m2kit.evaluate.meta import meta_text, run_meta
+    from m2kit.lm.open import default_sampling
     common = dict(
         rows=o.rows, limit=o.limit, out=o.out, seed=o.seed, fetch=o.fetch,
         options=dict(concurrency=o.concurrency, timeout=o.timeout),
         grading=dict(order=o.order, typed=not o.unified, retries=o.retries, constrain=o.constrain))
     if o.meta_eval: return (r := run_meta(o.grader, **common)), meta_text(r)
-    sampling = answer_sampling(o.model, o.temperature, o.max_tokens, o.seed)
+    given = dict(temperature=o.temperature, max_tokens=o.max_tokens)
+    sampling = default_sampling(o.model, o.seed, **given) if any(given.values()) or o.temperature == 0 else None
     r = run_healthbench(
         o.model, o.grader, subset=o.subset, repeats=o.repeats, physician=o.physician, group=o.group,
         sampling=sampling, pages=not o.no_pages, lenient=o.lenient, **common)
