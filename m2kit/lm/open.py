@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPECS', 'LONG_ROOM', 'PLAIN_ROOM', 'TINY_ROOM', 'offered', 'tiny', 'read_spec', 'open_replay', 'open_tiny',
-           'open_model', 'answer_room', 'default_sampling']
+           'open_model', 'answer_room', 'default_sampling', 'folder_of', 'origin', 'model_step']
 
 # %% ../../nbs/lm/open.ipynb #cell-3
 import json
 from pathlib import Path
 from ..core.closure import package_dir, registered
 from ..core.errors import UserError, choose
-from ..core.jobs import named
+from ..core.jobs import named, tell_steps
+from ..core.step import Step, made, shipped_now
 from .chat import THINK_MARKS, Sampling
 from .log import CallLog, Logged, Replay
 
@@ -145,3 +146,28 @@ def default_sampling(
     usual = dict(temperature=1.0 if str(model).startswith("tiny:") else .6, max_tokens=answer_room(model))
     if own.get("do_sample"): usual |= {k: own[k] for k in ("temperature", "top_p") if own.get(k)}
     return Sampling(seed=seed, **usual | {k: v for k, v in given.items() if v is not None})
+
+# %% ../../nbs/lm/open.ipynb #ab080df3
+def folder_of(
+    spec: str,      # of a tiny model, or of a checkpoint on disk
+) -> Path:
+    "The checkpoint behind a spec. A tiny model that is not there is trained now."
+    kind, where, _ = read_spec(spec)
+    if kind == "tiny": return shipped_now(where) or tiny(where, tell=tell_steps(spec))
+    if kind == "checkpoint": return Path(where)
+    raise UserError(f"{spec}: its weights are not here; name a tiny model or a checkpoint folder")
+
+def origin(
+    spec: str,      # see the table above
+):                  # for a step's `inputs`: a `Made` of a checkpoint, else the spec
+    "What answers behind a spec. A tiny model that is not there is trained now."
+    return made(folder_of(spec)) if read_spec(spec)[0] in ("tiny", "checkpoint") else spec.strip()
+
+def model_step(
+    kind: str,      # of the step
+    of: str,        # "m2kit.module:function"; it takes models by their specs, and settings
+    models: dict,   # argument -> spec
+    **settings,     # its other arguments
+) -> Step:
+    "The step of a function that asks models."
+    return Step(kind, models | settings, of, {k: origin(v) for k, v in models.items()})

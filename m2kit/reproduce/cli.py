@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks',
-           'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script', 'training', 'Unopened',
-           'seed_option', 'run_benchmark']
+           'option', 'set_streams', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
+           'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
+           'training', 'Unopened', 'seed_option', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
-import sys
+import contextlib, io, sys
 from pathlib import Path
 import click
 from ..core.errors import UserError, visible
@@ -120,12 +120,22 @@ def option(
     "`click.option` that shows its default."
     return click.option(*flags, **{"show_default": True} | settings)
 
+# %% ../../nbs/reproduce/cli.ipynb #dc47169e
+def set_streams():
+    "Let standard input be UTF-8 when it is no terminal, and let no letter be too much for standard output."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure") and not sys.stdin.isatty():
+        with contextlib.suppress(io.UnsupportedOperation):   # something was read already
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+
 # %% ../../nbs/reproduce/cli.ipynb #cell-15
 def main(
     argv=None, # the words after `m2kit`; those of the command line by default
 ) -> int:
     "The command `m2kit`: 0 when all went well, 1 when something ran and failed, 2 for a wrong input, 130 when interrupted."
-    def wrong(message): print(f"m2kit: {' '.join(message.split())}", file=sys.stderr); return 2
+    def wrong(message): print("m2kit:", visible(" ".join(message.split())), file=sys.stderr); return 2
+    set_streams()
     try:
         return commands.main(argv, prog_name="m2kit", standalone_mode=False) or 0
     except click.UsageError as e:
@@ -352,7 +362,7 @@ def lacks_anywhere(
 ) -> list[str]:        # what is missing, each with the way out
     "What keeps this machine from running at any scale."
     found, python = [], tuple(map(int, have["python"].split(".")[:2]))
-    if python < (3, 11): found.append(f"Python {have['python']}: 3.11 or newer is needed")
+    if not (3, 11) <= python < (3, 15): found.append(f"Python {have['python']}: 3.11 to 3.14 is needed")
     if lost := packages(""): found.append(f"packages: pip install {' '.join(map(repr, lost))}")
     if have["disk"] < 1:
         found.append(f"{have['disk']:.1f} GB free on disk: 1 GB is needed for runs and figures")
@@ -843,3 +853,6 @@ def recipes(out, cards, per_node, model, family):
     from m2kit.train.configs import write_recipes
     for p in write_recipes(out, cards, per_node, model, family): print(p)
     return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #as-module-2
+if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())
