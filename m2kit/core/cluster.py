@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from uuid import uuid4
 from .closure import closure
 from .errors import UserError
-from .jobs import named
+from .closure import named
 from .run import atomic_write, runs_dir
 
 # %% ../../nbs/core/cluster.ipynb #cell-5
