@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from .._modidx import d as EXPORTED
 from .closure import Closure, changed, closure, definition_digest, definitions_of, digest
 from .errors import UserError, choose
+from .machine import cores, processor_name
 from .run import (
     append_jsonl, atomic_write, commit, data_dir, fingerprint, read_jsonl, runs_dir, versions)
 
@@ -102,8 +103,7 @@ def made(
 # %% ../../nbs/core/step.ipynb #cell-14
 def this_machine() -> dict: # system, processor, cores
     "What computes here."
-    from m2kit.core.machine import cores
-    return dict(system=platform.system(), processor=platform.machine(), cores=cores())
+    return dict(system=platform.system(), processor=processor_name(), cores=cores())
 
 def provenance() -> dict: # commit, versions, machine
     "Who makes what is made now."
