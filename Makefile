@@ -1,4 +1,4 @@
-# A new clone needs nothing but Python 3.11+: each target sets itself up in .venv, once, and again when settings.ini or constraints.txt change.
+# A new clone needs nothing but Python 3.11 to 3.14: each target sets itself up in .venv, once, and again when settings.ini or constraints.txt change.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -12,9 +12,9 @@ README := README.md
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The first Python that is new enough; `make reproduce PYTHON=/path/to/python3.12` names another.
-OK := import sys; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c '$(OK)' 2>/dev/null && { echo $$p; break; }; done)
+# The first Python that will do; `make reproduce PYTHON=/path/to/python3.12` names another. (The pinned packages have no wheels for 3.15.)
+OK := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do command -v $$p >/dev/null && $$p -c '$(OK)' 2>/dev/null && { echo $$p; break; }; done)
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -62,8 +62,8 @@ SOURCES := settings.ini constraints.txt setup.py pyproject.toml
 INSTALL = $(BIN)/python -m pip install -c constraints.txt -e
 
 $(VENV)/.python:
-	@[ -n "$(PYTHON)" ] || { echo "m2kit needs Python 3.11 or newer; python3.11, python3.12, python3.13 and python3 are absent or older. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@"$(PYTHON)" -c '$(OK)' || { echo "$(PYTHON) is absent or older than Python 3.11; name a newer one with PYTHON=" >&2; exit 2; }
+	@[ -n "$(PYTHON)" ] || { echo "m2kit needs Python 3.11, 3.12, 3.13 or 3.14, and finds none of them. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@"$(PYTHON)" -c '$(OK)' || { echo "$(PYTHON) is absent, or no Python 3.11, 3.12, 3.13 or 3.14; name another with PYTHON=" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(VENV)
 	@touch $@
 

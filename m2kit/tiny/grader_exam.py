@@ -9,7 +9,7 @@ __all__ = ['short_rows', 'long_rows', 'looked_up', 'asked_both_ways', 'grading_j
 # %% ../../nbs/tiny/grader_exam.ipynb #cell-4
 import random, re, time
 from ..clinic.synthesize import draw_case
-from ..core.step import Step, this_machine
+from ..core.step import Step
 from ..lm.chat import Sampling
 from ..lm.open import open_model, origin, tiny
 from ..rubrics.affinity import BlockCache
@@ -111,7 +111,7 @@ def both_readings(
     repeats: int,      # pairs of runs
     reply: int = 32,   # tokens at most
     talker: bool = False,   # see `two_readers`
-) -> dict:             # cpu and clock: [full, shared prefix] of each pair, seconds; same: pairs with equal verdicts; machine
+) -> dict:             # cpu and clock: [full, shared prefix] of each pair, seconds; same: pairs with equal verdicts
     "One job read in both ways, again and again."
     import torch
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def both_readings(
     job = grading_job(lambda text: len(models[1].tok(text).input_ids), length, n, seed)
     pairs = [[graded_in(m, job, order, reply) for m in models] for _ in range(repeats + 1)][1:]
     return dict(cpu=[[a[0], b[0]] for a, b in pairs], clock=[[a[1], b[1]] for a, b in pairs],
-                same=sum(a[2] == b[2] for a, b in pairs), machine=this_machine())
+                same=sum(a[2] == b[2] for a, b in pairs))
 
 # %% ../../nbs/tiny/grader_exam.ipynb #cell-19
 def spelled_out(
