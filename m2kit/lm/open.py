@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from ..core.closure import package_dir, registered
 from ..core.errors import UserError, choose
-from ..core.jobs import named, tell_steps
+from ..core.closure import named
+from ..core.jobs import tell_steps
 from ..core.step import Step, made, shipped_now
 from .chat import THINK_MARKS, Sampling
 from .log import CallLog, Logged, Replay

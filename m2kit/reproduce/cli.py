@@ -248,19 +248,31 @@ def exhibits(scale, out):
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-29
+def reach(
+    address: str,   # of a Ray cluster
+):
+    "Let jobs go to a cluster; a `UserError` when nobody answers there."
+    import os
+    from m2kit.core.cluster import RAY, connected
+    connected(address).shutdown()
+    os.environ[RAY] = address
+
 @command("Compute what figures rest on, where it is missing or stale, and put it into data/evidence.", """
     m2kit evidence                          all of it: hours; the same again goes on after a kill
     m2kit evidence fig05 --seeds 8          one exhibit, with more seeds than its notebook names
-    m2kit evidence --background             in a process that outlives the terminal""",
+    m2kit evidence --background             in a process that outlives the terminal
+    m2kit evidence --ray 10.0.0.1:6379      on the machines of a Ray cluster, over one shared folder of steps""",
     click.argument("names", nargs=-1, metavar="[NAME ...]"),
     option("--seeds", type=COUNT, metavar="N", help="How many of each; as many as the notebooks name by default."),
     option("--jobs", type=COUNT, metavar="N",
            help="Processes at a time; by default as many as cores and memory allow."),
+    option("--ray", metavar="ADDRESS", help="A Ray cluster to send the jobs to; needs m2kit[cluster]."),
     option("--background", is_flag=True, show_default=False, help="Return at once; the log says how it goes."))
-def evidence(names, seeds, jobs, background):
+def evidence(names, seeds, jobs, ray, background):
     "Compute it, or start to."
     from m2kit.reproduce.evidence import compute_evidence, in_background, measured
     books = measured(names)
+    if ray: reach(ray)
     if not background: return compute_evidence(list(books), seeds, jobs)
     more = [w for k, v in dict(seeds=seeds, jobs=jobs).items() if v for w in (f"--{k}", str(v))]
     pid, log = in_background(["evidence", *books, *more])
