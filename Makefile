@@ -1,4 +1,4 @@
-# A new clone needs nothing but Python 3.11+: each target sets itself up in .venv, once, and again when settings.ini or constraints.txt change.
+# A new clone needs nothing but Python 3.11 to 3.14: each target sets itself up in .venv, once, and again when settings.ini or constraints.txt change.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -12,9 +12,9 @@ README := README.md
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The first Python that is new enough; `make reproduce PYTHON=/path/to/python3.12` names another.
-OK := import sys; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c '$(OK)' 2>/dev/null && { echo $$p; break; }; done)
+# The first Python that will do; `make reproduce PYTHON=/path/to/python3.12` names another. (The pinned packages have no wheels for 3.15.)
+OK := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do command -v $$p >/dev/null && $$p -c '$(OK)' 2>/dev/null && { echo $$p; break; }; done)
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -32,7 +32,7 @@ check: $(VENV)/.test ## a minute while you write: style, export, the chapters th
 test: $(VENV)/.test ## what CI checks: unit tests and every chapter, without what is marked slow or long
 	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.test ## all of it, for an hour or more: what is slow and long too (benchmarks, other CPUs, networks)
+test-all: $(VENV)/.all ## all of it, for an hour or more: what is slow and long too (benchmarks, other CPUs, networks)
 	$(PYTEST) -m "" $(ARGS)
 
 chapters: $(VENV)/.test ## run every chapter as its own test (exhibits are run by reproduce)
@@ -62,8 +62,8 @@ SOURCES := settings.ini constraints.txt setup.py pyproject.toml
 INSTALL = $(BIN)/python -m pip install -c constraints.txt -e
 
 $(VENV)/.python:
-	@[ -n "$(PYTHON)" ] || { echo "m2kit needs Python 3.11 or newer; python3.11, python3.12, python3.13 and python3 are absent or older. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@"$(PYTHON)" -c '$(OK)' || { echo "$(PYTHON) is absent or older than Python 3.11; name a newer one with PYTHON=" >&2; exit 2; }
+	@[ -n "$(PYTHON)" ] || { echo "m2kit needs Python 3.11, 3.12, 3.13 or 3.14, and finds none of them. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@"$(PYTHON)" -c '$(OK)' || { echo "$(PYTHON) is absent, or no Python 3.11, 3.12, 3.13 or 3.14; name another with PYTHON=" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(VENV)
 	@touch $@
 
@@ -84,6 +84,11 @@ $(VENV)/.train: $(SOURCES) | $(VENV)/.python
 $(VENV)/.test: $(SOURCES) | $(VENV)/.python
 	$(INSTALL) '.[dev,train,fhir]'
 	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $@
+
+# Ray too, for evidence on many machines.
+$(VENV)/.all: $(SOURCES) | $(VENV)/.python
+	$(INSTALL) '.[dev,train,fhir,cluster]'
+	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $(VENV)/.test $@
 
 # Git then merges notebooks cell by cell. The hooks call nbdev from this .venv, which need not be active.
 $(VENV)/.hooks: $(VENV)/.lab
