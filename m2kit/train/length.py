@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LENGTH_ARM', 'clinic_tasks', 'answer_costs', 'typical_length', 'lengths_before', 'length_step', 'train_length_arm',
-           'train_length_arms']
+           'length_policy', 'train_length_arms']
 
 # %% ../../nbs/train/length.ipynb #cell-4
 import random
@@ -15,7 +15,7 @@ from ..core.errors import choose
 from ..core.jobs import run_steps, steps_of
 from ..core.step import Step, made
 from ..rubrics.reference import ClauseGrader, reference_rubric
-from .grpo import GRPOConfig, rollout, train
+from .grpo import GRPOConfig, load_state, rollout, train
 from .rewards import LengthReward, RubricReward
 from ..lm.local import load_policy
 from ..lm.open import folder_of
@@ -85,18 +85,32 @@ def train_length_arm(
     **changes,            # as for `length_step`
 ) -> list[dict]:          # the metrics, one row a step
     "Train one arm, or go on with it, or return what it gave."
-    torch.set_num_threads(1)     # two arms on two cores beat two threads on one arm
     step = length_step(doctor, seed, coef, base, **changes)
-    if step.done is not None: return step.rows()
-    with step.work():
-        if step.own is None:
-            c, cfg = step.config, GRPOConfig(**{k: step.config[k] for k in asdict(LENGTH_ARM)})
-            rubric = RubricReward(ClauseGrader())
-            gate = {k: c[k] for k in ("quantile", "thresh") if k in c}
-            bonus = [LengthReward(rubric, cfg.group, coef=coef, **gate)] if coef else []
-            train(*load_policy(doctor), clinic_tasks(2000, seed), [rubric, *bonus], cfg, step)
-            step.finish(steps=cfg.steps)
+    if step.done is None: _train(step, doctor)
     return step.rows()
+
+def _train(step, doctor):
+    "Train an arm whose folder holds no result, from where it stands."
+    torch.set_num_threads(1)     # two arms on two cores beat two threads on one arm
+    with step.work():
+        if step.own is not None: return
+        c, cfg = step.config, GRPOConfig(**{k: step.config[k] for k in asdict(LENGTH_ARM)})
+        rubric = RubricReward(ClauseGrader())
+        gate = {k: c[k] for k in ("quantile", "thresh") if k in c}
+        bonus = [LengthReward(rubric, cfg.group, coef=c["coef"], **gate)] if c["coef"] else []
+        train(*load_policy(doctor), clinic_tasks(2000, c["seed"]), [rubric, *bonus], cfg, step)
+        step.finish(steps=cfg.steps)
+
+def length_policy(
+    doctor: str, seed: int, coef: float, base=None, # as for `length_step`
+    **changes,            # as for `length_step`
+) -> tuple:               # model and tokenizer
+    "The policy at the end of an arm. Evidence holds no weights: where they are not here, they are trained now."
+    step = length_step(doctor, seed, coef, base, **changes)
+    if not (weights := step.path/"state.safetensors").is_file() or step.own is None: _train(step, doctor)
+    model, tokenizer = load_policy(doctor)
+    load_state(weights, model, torch.optim.AdamW(model.parameters()))
+    return model, tokenizer
 
 # %% ../../nbs/train/length.ipynb #cell-23
 def train_length_arms(
