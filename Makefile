@@ -32,7 +32,7 @@ check: $(VENV)/.test ## a minute while you write: style, export, the chapters th
 test: $(VENV)/.test ## what CI checks: unit tests and every chapter, without what is marked slow or long
 	$(PYTEST) $(ARGS)
 
-test-all: $(VENV)/.test ## all of it, for an hour or more: what is slow and long too (benchmarks, other CPUs, networks)
+test-all: $(VENV)/.all ## all of it, for an hour or more: what is slow and long too (benchmarks, other CPUs, networks)
 	$(PYTEST) -m "" $(ARGS)
 
 chapters: $(VENV)/.test ## run every chapter as its own test (exhibits are run by reproduce)
@@ -84,6 +84,11 @@ $(VENV)/.train: $(SOURCES) | $(VENV)/.python
 $(VENV)/.test: $(SOURCES) | $(VENV)/.python
 	$(INSTALL) '.[dev,train,fhir]'
 	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $@
+
+# Ray too, for evidence on many machines.
+$(VENV)/.all: $(SOURCES) | $(VENV)/.python
+	$(INSTALL) '.[dev,train,fhir,cluster]'
+	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $(VENV)/.test $@
 
 # Git then merges notebooks cell by cell. The hooks call nbdev from this .venv, which need not be active.
 $(VENV)/.hooks: $(VENV)/.lab
