@@ -6,7 +6,7 @@
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
            'option', 'set_streams', 'told', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
            'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
-           'training', 'Unopened', 'seed_option', 'answer_sampling', 'run_benchmark']
+           'training', 'Unopened', 'seed_option', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
 import contextlib, io, sys
@@ -255,19 +255,31 @@ def exhibits(scale, out):
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-29
+def reach(
+    address: str,   # of a Ray cluster
+):
+    "Let jobs go to a cluster; a `UserError` when nobody answers there."
+    import os
+    from m2kit.core.cluster import RAY, connected
+    connected(address).shutdown()
+    os.environ[RAY] = address
+
 @command("Compute what figures rest on, where it is missing or stale, and put it into data/evidence.", """
     m2kit evidence                          all of it: hours; the same again goes on after a kill
     m2kit evidence fig05 --seeds 8          one exhibit, with more seeds than its notebook names
-    m2kit evidence --background             in a process that outlives the terminal""",
+    m2kit evidence --background             in a process that outlives the terminal
+    m2kit evidence --ray 10.0.0.1:6379      on the machines of a Ray cluster, over one shared folder of steps""",
     click.argument("names", nargs=-1, metavar="[NAME ...]"),
     option("--seeds", type=COUNT, metavar="N", help="How many of each; as many as the notebooks name by default."),
     option("--jobs", type=COUNT, metavar="N",
            help="Processes at a time; by default as many as cores and memory allow."),
+    option("--ray", metavar="ADDRESS", help="A Ray cluster to send the jobs to; needs m2kit[cluster]."),
     option("--background", is_flag=True, show_default=False, help="Return at once; the log says how it goes."))
-def evidence(names, seeds, jobs, background):
+def evidence(names, seeds, jobs, ray, background):
     "Compute it, or start to."
     from m2kit.reproduce.evidence import compute_evidence, in_background, measured
     books = measured(names)
+    if ray: reach(ray)
     if not background: return compute_evidence(list(books), seeds, jobs)
     more = [w for k, v in dict(seeds=seeds, jobs=jobs).items() if v for w in (f"--{k}", str(v))]
     pid, log = in_background(["evidence", *books, *more])
@@ -621,23 +633,6 @@ def consult(case, number, condition, seed, model, checker, judge, save, log):
     talk(consultation)
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-62
-def answer_sampling(
-    model,         # the spec of who answers
-    temperature,   # None: 1
-    max_tokens,    # None: 224 for a tiny model, else 2048
-    seed: int,     # of the answers
-):                 # a `Sampling`; None when nothing was said, for the harness's own
-    "How answers are sampled."
-    from m2kit.lm.chat import Sampling
-    if temperature is None and max_tokens is None: return None
-    room = 224 if str(model).startswith("tiny:") else 2048
-    return Sampling(
-        temperature=1.0 if temperature is None else temperature,
-        max_tokens=max_tokens or room,
-        seed=seed,
-    )
-
 # %% ../../nbs/reproduce/cli.ipynb #cell-64
 WHO = [
     option("--model", type=Spec("recorded"), metavar="SPEC",
@@ -682,9 +677,10 @@ GRADING = [
                 "the reference would.")]
 CALLS = [
     option("--temperature", type=click.FloatRange(min=0), metavar="T",
-           help="Of the answers; by default 1."),
+           help="Of the answers; by default the model's own, else .6 (tiny models: 1)."),
     option("--max-tokens", type=COUNT, metavar="N",
-           help="Of the answers; by default 2048 (tiny models: 224)."),
+           help="Of the answers, reasoning included; by default 32768, where it has room for it "
+                "(tiny models: 224)."),
     option("--concurrency", type=COUNT, metavar="N",
            help="Requests at a time to a server; by default 64, and up to 256 while that helps."),
     option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, metavar="S",
@@ -701,12 +697,14 @@ def run_benchmark(
     "HealthBench, or the grader against physicians, as the options say."
     from m2kit.evaluate.harness import as_text, run_healthbench
     from m2kit.evaluate.meta import meta_text, run_meta
+    from m2kit.lm.open import default_sampling
     common = dict(
         rows=o.rows, limit=o.limit, out=o.out, seed=o.seed, fetch=o.fetch,
         options=dict(concurrency=o.concurrency, timeout=o.timeout),
         grading=dict(order=o.order, typed=not o.unified, retries=o.retries, constrain=o.constrain))
     if o.meta_eval: return (r := run_meta(o.grader, **common)), meta_text(r)
-    sampling = answer_sampling(o.model, o.temperature, o.max_tokens, o.seed)
+    given = dict(temperature=o.temperature, max_tokens=o.max_tokens)
+    sampling = default_sampling(o.model, o.seed, **given) if any(given.values()) or o.temperature == 0 else None
     r = run_healthbench(
         o.model, o.grader, subset=o.subset, repeats=o.repeats, physician=o.physician, group=o.group,
         sampling=sampling, pages=not o.no_pages, lenient=o.lenient, **common)
