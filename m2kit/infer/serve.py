@@ -12,7 +12,7 @@ __all__ = ['METHODS', 'EXPERTS', 'KNOWN', 'FIELDS', 'KV_NAMES', 'ENGINES', 'COMM
 import json, math, shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.errors import UserError, choose
+from ..core.errors import UserError, choose, print_visible
 from ..lm.memory import (
     KV_BYTES, LAYOUTS, OVERHEAD, QWEN25_32B, Budget, Layout, config_dict, budget, card_bytes,
     card_named, decoder, max_length)
@@ -548,5 +548,5 @@ def serve_doctor(
 ) -> int:          # exit status: 0 when it fits, 1 when it does not
     "Print the answer."
     plan = serve_plan(config, card)
-    print(describe_plan(plan))
+    print_visible(describe_plan(plan))
     return 0 if plan.fits else 1
