@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'CONSULT', 'OPENING', 'WHY', 'TurnRecord', 'metered', 'PatientSimulator', 'Recited', 'rollouts', 'Scripted',
-           'Asked', 'ModelDoctor', 'as_doctor', 'Transcript', 'simulate', 'save_transcripts', 'load_transcripts']
+           'Asked', 'ModelDoctor', 'as_doctor', 'Transcript', 'simulate', 'save_transcripts', 'load_transcripts',
+           'open_simulator']
 
 # %% ../../nbs/simulator/patient.ipynb #cell-4
 import html
@@ -18,6 +19,7 @@ from ..core.errors import UserError, markdown_text
 from ..core.files import text_lines
 from ..core.run import atomic_write
 from ..lm.chat import ChatModel, Completion, Sampling, check_dialogues
+from ..lm.open import open_model
 from .affect import END, MONOLITH, PATIENT, AffectiveUnit
 from .calls import Call, Trouble, drive, legible
 from .facts import FactualUnit, Settled, Step
@@ -584,3 +586,24 @@ def load_transcripts(
                 " mend or delete that line"
             ) from None
     return out
+
+# %% ../../nbs/simulator/patient.ipynb #cell-61
+def open_simulator(
+    model: str = "tiny:patient",  # plays the patient; a spec of `lm.open`
+    checker: str = "",            # keeps gate and facts; by default the tiny checker for the tiny patient, else the same model
+    log=None,                     # where calls are recorded, and found
+    seed: int = 0,                # of the patient's drafts
+    progress=None,                # progress(spec): who hears of a tiny model's training, see `open_model`
+) -> PatientSimulator:
+    "The three units over models that are named by specs."
+    spec = checker or ("tiny:checker" if model == "tiny:patient" else model)
+    tell = progress or (lambda s: None)
+    patient = open_model(model, log, tell(model))
+    other = patient if spec == model else open_model(spec, log, tell(spec))
+    checking = FactualUnit(other, at_once=1 if spec.startswith("tiny:") else None)     # see there
+    return PatientSimulator(
+        patient,
+        gate=other,
+        checker=checking,
+        sampling=Sampling(temperature=0.7, max_tokens=96, seed=seed),
+    )
