@@ -623,7 +623,8 @@ def seed_option(
     LOG)
 def consult(case, number, condition, seed, model, checker, judge, save, log):
     "Talk in the terminal."
-    from m2kit.service.consult import Consultation, consult as talk, open_simulator
+    from m2kit.service.consult import Consultation, consult as talk
+    from m2kit.simulator.patient import open_simulator
     script = pick_script(case, number, condition, seed)
     consultation = Consultation(script, None, None, save)
     if judge:
