@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'set_streams', 'told', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
+           'option', 'set_streams', 'print_aside', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
            'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
            'training', 'Unopened', 'seed_option', 'run_benchmark']
 
@@ -130,7 +130,7 @@ def set_streams():
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
 
 # %% ../../nbs/reproduce/cli.ipynb #a0377ae1
-def told(
+def print_aside(
     text,      # anything; its `str` is taken
 ):
     "Tell something beside the result, in one line."
@@ -141,7 +141,7 @@ def main(
     argv=None, # the words after `m2kit`; those of the command line by default
 ) -> int:
     "The command `m2kit`: 0 when all went well, 1 when something ran and failed, 2 for a wrong input, 130 when interrupted."
-    def wrong(message): told("m2kit: " + " ".join(message.split())); return 2
+    def wrong(message): print_aside("m2kit: " + " ".join(message.split())); return 2
     set_streams()
     try:
         return commands.main(argv, prog_name="m2kit", standalone_mode=False) or 0
@@ -156,7 +156,7 @@ def main(
             raise
         return wrong(f"{where}: {e.strerror}; name another place with --out, or set M2KIT_RUNS")
     except click.Abort:
-        told("m2kit: interrupted; the same command goes on from here")
+        print_aside("m2kit: interrupted; the same command goes on from here")
         return 130
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-19
@@ -504,7 +504,7 @@ def check(files):
     for path in files:
         kind, n, notes = read_file(path)
         packed = "" if Path(path).is_dir() else packing(path)
-        if packed: told(f"m2kit: {path}: {packed}; every command reads it so")
+        if packed: print_aside(f"m2kit: {path}: {packed}; every command reads it so")
         print_visible("\n  ".join([visible(f"{path}: {kind}, {n} read" + ("" if notes else ", all well")), *notes]))
     return 0
 
@@ -517,7 +517,7 @@ def score(file, seed):
     "Print what `m2kit.evaluate.healthbench.aggregate` gives, as JSON."
     import json
     from m2kit.evaluate.healthbench import aggregate, read_rows
-    rows = read_rows(file, repeated=lambda line: told(f"m2kit: {line}"))
+    rows = read_rows(file, repeated=lambda line: print_aside(f"m2kit: {line}"))
     print(json.dumps(aggregate(rows, seed=seed), indent=1))
     return 0
 
@@ -786,7 +786,7 @@ def rubrics(model, sources, out, constrain, max_tokens, retries, log):
         raise UserError(f"{sources}: no sources in it; write one JSON object a line")
     writer = Unopened(model, log, training(model))
     written, failures, report = generate_file(writer, sources, out, constrain, max_tokens, retries)
-    for f in failures: told(f"  {f}")
+    for f in failures: print_aside(f"  {f}")
     print_visible(f"{written} rubrics in {out}; {len(failures)} sources without one")
     return 1 if failures else 0
 
@@ -822,7 +822,7 @@ def agreement(generated, experts, referee, log, seed):
 def ladder(stages, start, seed, no_scores):
     "Run the stages and print a row each."
     from m2kit.tiny.ladder import ladder as run
-    for r in run(stages, seed, start, tell=told, **dict(n=0) if no_scores else {}):
+    for r in run(stages, seed, start, tell=print_aside, **dict(n=0) if no_scores else {}):
         scores = "".join(f"  {k} {r[k]:.2f}" for k in ("score", "diagnosis", "fact_finding") if k in r)
         print_visible(f"{r['stage']:10}{r['cpu']:6.0f} s{scores}  {r['path']}")
     return 0
@@ -854,7 +854,7 @@ def pairwise(first, second, judge, rows, n, max_tokens, seed, out):
     referee = OraclePairJudge() if judge == "oracle" else LMPairJudge(Unopened(judge))
     compared = run_pairwise(
         Unopened(first), Unopened(second), referee, read if rows else clinic_pairs(n), out,
-        Sampling(max_tokens=max_tokens, seed=seed), (first, second), tell=told)
+        Sampling(max_tokens=max_tokens, seed=seed), (first, second), tell=print_aside)
     print_visible(compared.table().to_string())
     return 0
 
