@@ -517,8 +517,9 @@ def score(file, seed):
     "Print what `m2kit.evaluate.healthbench.aggregate` gives, as JSON."
     import json
     from m2kit.evaluate.healthbench import aggregate, read_rows
-    rows = read_rows(file, repeated=lambda line: print_aside(f"m2kit: {line}"))
-    print(json.dumps(aggregate(rows, seed=seed), indent=1))
+    again = []
+    print(json.dumps(aggregate(read_rows(file, repeated=again.append), seed=seed), indent=1))
+    if again: print_aside(f"m2kit: {again[0]}" + f", and {len(again) - 1} more"*(len(again) > 1))
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-50
