@@ -71,11 +71,13 @@ def joined(text):
 
 def kept_data(
     data: dict,     # MIME type -> content, of one output
+    pictures=True,  # whether pictures are to be made small; they are already in what this function gave
 ) -> dict:          # the same, with one or two forms of it
     "What is kept of an output's forms."
     if "image/png" in data:
-        png = small_picture(base64.b64decode(joined(data["image/png"])))
-        return {"image/png": base64.b64encode(png).decode()}
+        png = joined(data["image/png"])
+        if pictures: png = base64.b64encode(small_picture(base64.b64decode(png))).decode()
+        return {"image/png": png}
     html = neutral(re.sub(r"<style scoped>.*?</style>\s*", "", joined(data.get("text/html", "")), flags=re.S))
     found = {"text/html": lines_of(html)} if 0 < len(html) <= PAGE_BYTES else {}
     for kind in ("text/markdown", "text/latex"):
@@ -87,6 +89,7 @@ def kept_data(
 # %% ../../nbs/reproduce/outputs.ipynb #cell-16
 def kept_outputs(
     outputs: list,  # of a cell that has run
+    pictures=True,  # as for `kept_data`
 ) -> list:          # as they go into the book
     "The outputs of one cell, small and neutral; what it printed in one piece."
     found = []
@@ -95,7 +98,7 @@ def kept_outputs(
             if found and found[-1]["output_type"] == "stream": found[-1]["text"] += joined(o["text"])
             else: found.append(dict(output_type="stream", name="stdout", text=joined(o["text"])))
         elif o["output_type"] in ("display_data", "execute_result"):
-            if data := kept_data(o["data"]):
+            if data := kept_data(o["data"], pictures):
                 more = dict(execution_count=None) if o["output_type"] == "execute_result" else {}
                 found.append(dict(output_type=o["output_type"], data=data, metadata={}, **more))
     for o in found:
