@@ -12,7 +12,7 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"].split(),
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    python_requires=f">={cfg['min_python']}", install_requires=cfg["requirements"].split(), extras_require=extras,
+    python_requires=f">={cfg['min_python']},<{cfg['too_new_python']}", install_requires=cfg["requirements"].split(), extras_require=extras,
     # The top-level data/ folder travels inside the wheel as m2kit/_data: the clinic, published numbers, the tiny models. The evidence
     # behind the figures does not; only a clone draws them.
     packages=[*find_packages(include=["m2kit", "m2kit.*"]), "m2kit._data"], package_dir={"m2kit._data": "data"},

@@ -10,5 +10,4 @@ import sys
 from m2kit.reproduce.cli import main
 
 # %% ../nbs/reproduce/as_module.ipynb #c5
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())

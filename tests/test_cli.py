@@ -77,6 +77,7 @@ def desk(tmp_path, monkeypatch):
     Path("big").mkdir(); Path("big/config.json").write_text("{}")
     draw_case(random.Random(0)).dump("case.json")
     Path("rows.jsonl").write_text('{"id": 1}\n'); Path("empty.jsonl").touch(); Path("file").touch()
+    Path("other").mkdir(); Path("other/run.json").write_text('{"model": {"spec": "tiny:doctor"}, "seed": 0, "physician": null}')
     save_transcripts([Transcript(draw_script(random.Random(7)).id, "you", (), "doctor", {})], "talk.jsonl")
     return tmp_path
 
@@ -104,6 +105,8 @@ def desk(tmp_path, monkeypatch):
     ("healthbench --model big --grader bgi --rows clinic:3", "bgi is no checkpoint"),
     ("healthbench --model big --grader big --rows none.jsonl", "none.jsonl"),
     ("healthbench --model big --grader big --rows clinic:3 --out file", "file is no folder"),
+    ("healthbench --model big --grader big --rows clinic:3 --out other", "other holds another run: another data, grader, lenient, model"),
+    ("healthbench --meta-eval --grader big --rows clinic:3 --out other", "other holds another run"),
     ("healthbench --model big --grader recorded --rows clinic:3", "use --model recorded"),
     ("healthbench --model big --grader big --rows clinic:3 --limit 0", "0 is not in the range x>=1"),
     ("ladder --stages rule --start none", "'none' does not exist"),

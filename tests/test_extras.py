@@ -25,7 +25,7 @@ def test_every_line_is_one_exact_version():
     assert len(PINS) == len(LINES), "a package is pinned twice"
 
 def test_the_extras_are_those_promised():
-    assert set(EXTRAS) == {"base", "train", "gpu", "fhir", "dev", "site", "browser"}
+    assert set(EXTRAS) == {"base", "train", "gpu", "fhir", "dev", "cluster", "site", "browser"}
 
 @pytest.mark.parametrize("extra, requirement", [(e, r) for e, rs in EXTRAS.items() for r in rs])
 def test_requirement_is_pinned_within_its_range(extra, requirement):

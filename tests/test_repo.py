@@ -47,7 +47,7 @@ def test_notebooks_are_clean(copy):
     assert NOTEBOOKS and not dirty, f"nbdev_clean changes {dirty}; run: make export"
 
 def test_readme_is_the_index(tmp_path):
-    sh("make", "-s", "_readme", f"README={tmp_path/'README.md'}", f"BIN={BIN}")
+    sh("make", "-s", "_convert", f"README={tmp_path/'README.md'}", f"BIN={BIN}")
     assert (ROOT/"README.md").read_text(encoding="utf-8") == (tmp_path/"README.md").read_text(encoding="utf-8"), "README.md is not nbs/index.ipynb; run: make readme"
 
 def test_top_level():
@@ -83,7 +83,8 @@ def test_all_outputs_together_are_small():
 def test_links_of_notebooks_lead_somewhere():
     cells = [(p, "".join(c["source"])) for p in NOTEBOOKS for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
     linked = [(ids(p), f) for p, text in cells for f in repo_links(text, str(p.parent.relative_to(ROOT)))]
-    assert len(linked) > 100 and not (lost := [l for l in linked if not (ROOT/l[1]).exists()]), lost
+    lost = [l for l in linked if not (ROOT/l[1]).exists() and not l[1].startswith("figures/")]      # figures come from a run
+    assert len(linked) > 100 and not lost, lost
 
 def unsafe(tree):
     "What could run code from a downloaded file: pickle, torch.load, trust_remote_code."

@@ -10,6 +10,7 @@ __all__ = ['package_dir', 'root', 'data_dir', 'runs_dir', 'atomic_write', 'json_
 import hashlib, importlib.metadata as md, json, os, platform, random, subprocess
 from importlib.resources import files
 from pathlib import Path
+from shutil import which
 from .errors import UserError
 
 # %% ../../nbs/core/run.ipynb #cell-6
@@ -104,12 +105,12 @@ def versions(
         except md.PackageNotFoundError: return None
     return dict(python=platform.python_version(), **{n: version(n) for n in names})
 
-def commit() -> str | None: # None outside a git checkout
+def commit() -> str | None: # None outside a git checkout, and where there is no git
     "The checkout's commit; '+' behind it when tracked files have changed since."
     def git(*a):
         "Run git in the checkout."
         return subprocess.run(["git", "-C", str(root()), *a], capture_output=True, text=True)
-    if (r := git("rev-parse", "--short=12", "HEAD")).returncode: return None
+    if not which("git") or (r := git("rev-parse", "--short=12", "HEAD")).returncode: return None
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "m2kit", "data").stdout.strip()
     return r.stdout.strip() + ("+" if dirty else "")
 

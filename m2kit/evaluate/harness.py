@@ -6,8 +6,8 @@
 __all__ = ['STRETCH', 'COUNTED', 'CallTape', 'Taped', 'Answer', 'final_answer', 'recorded_answers', 'ideal_answers',
            'reference_answers', 'one_at_a_time', 'ModelAnswers', 'recorded_verdicts', 'Judge', 'example_record',
            'replacing', 'spans', 'Batch', 'Harness', 'to_stderr', 'bootstrap_intervals', 'spread_by_repeat',
-           'result_of', 'fine_print', 'as_text', 'claim_folder', 'alone_in', 'default_folder', 'Asked', 'answer_room',
-           'check_answerer', 'who_answers', 'who_grades', 'run_healthbench', 'label', 'conclude', 'runs_on']
+           'result_of', 'fine_print', 'as_text', 'claim_folder', 'check_folder', 'alone_in', 'default_folder', 'Asked',
+           'is_spec', 'check_answerer', 'who_answers', 'who_grades', 'run_healthbench', 'label', 'conclude', 'runs_on']
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-4
 import copy, json, math, os, re, sys, threading, time
@@ -23,6 +23,7 @@ from .healthbench import Tally, clipped_mean, interval, spread, summary
 from .pages import write_pages
 from .source import PHYSICIAN, Item, Source, Unusable, chosen, find_rows, read_item
 from ..lm.chat import Completion, Sampling
+from ..lm.open import answer_room, default_sampling
 from ..lm.log import CallLog, Logged
 from ..lm.pace import Patience, below, lanes, stream
 from ..lm.server import public_url
@@ -486,10 +487,22 @@ def claim_folder(
 ):
     "Note whose folder it is; a `UserError` when it is another run's."
     path, ours = Path(folder)/"run.json", {k: v for k, v in settings.items() if k not in _FREE}
-    ours = json.loads(json.dumps(ours, default=str))
-    if not path.exists(): return atomic_write(path, json.dumps(ours, indent=1, ensure_ascii=False))
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    other = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    if path.exists(): return check_folder(folder, ours, whole=True)
+    atomic_write(path, json.dumps(ours, indent=1, ensure_ascii=False, default=str))
+
+def check_folder(
+    folder,            # of the run
+    told: dict,        # what is known of it so far; parts of its parts will do
+    whole=False,       # True: it is all
+):
+    "A `UserError` when the folder holds a run that differs in what is told; asked before any model is there."
+    path = Path(folder)/"run.json"
+    if not path.exists(): return
+    theirs, told = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(told, default=str))
+    def part(x, like): return {k: x.get(k) for k in like} if isinstance(like, dict) and isinstance(x, dict) else x
+    keys = told.keys() | theirs.keys() if whole else told.keys() - {*_FREE}
+    other = sorted(k for k in keys
+                   if told.get(k) != (theirs.get(k) if whole else part(theirs.get(k), told[k])))
     if other:
         raise UserError(
             f"{folder} holds another run: another {', '.join(other)}; choose another --out, or"
@@ -547,14 +560,14 @@ class Asked:
         told = lambda step, nats: self.tell(f"training {spec}: step {step + 1}, {nats:.2f} nats a token")
         return open_model(spec, tell=told, **(self.options if spec.startswith("http") else {}))
 
-def answer_room(
-    spec,               # of the model; anything else than a text for one that is there
-    longest: int,       # tokens, where there is room
-) -> int:               # tokens
-    "How long an answer may be: the tiny models have little room."
-    return min(longest, 224) if str(spec).startswith("tiny:") else longest
 
 # %% ../../nbs/evaluate/harness.ipynb #cell-64
+def is_spec(
+    who,     # answers or grades
+) -> bool:
+    "Does it name a model that is still to be opened?"
+    return isinstance(who, str) and who not in ("recorded", "clauses")
+
 def check_answerer(model, physician, repeats):
     "A `UserError` when it is not clear whose answers are graded."
     if physician:
@@ -570,7 +583,7 @@ def check_answerer(model, physician, repeats):
 def who_answers(
     model,              # a spec, "recorded", a `ChatModel`, or None
     physician,          # one of `PHYSICIAN`, or None
-    sampling,           # of a model's answers; None: temperature 1, 2048 tokens
+    sampling,           # of a model's answers; None: see `default_sampling`
     repeats: int,       # answers of a model to each conversation
     asked: Asked,
 ) -> tuple:             # the answerer, what it needs in a row, and its description
@@ -583,7 +596,7 @@ def who_answers(
             dict(name=f"physicians ({physician})"),
         )
     if model == "recorded": return recorded_answers, ("completion",), dict(name="recorded")
-    sampling = sampling or Sampling(temperature=1.0, max_tokens=answer_room(model, 2048), seed=asked.seed)
+    sampling = sampling or default_sampling(model, asked.seed)
     answers = ModelAnswers(asked.open(model), sampling, repeats, asked.tape)
     spec = public_url(model) if isinstance(model, str) else None
     return answers, (), dict(name=answers.model.name, spec=spec, sampling=sampling.identity)
@@ -603,7 +616,7 @@ def who_grades(
         from m2kit.evaluate.clinic_rows import TextClauses
         found = TextClauses()
     elif not hasattr(grader, "grade"):
-        greedy = Sampling(temperature=0.0, max_tokens=answer_room(spec, 1024), seed=asked.seed)
+        greedy = Sampling(temperature=0.0, max_tokens=answer_room(grader), seed=asked.seed)
         found = LMGrader(None, **{"sampling": greedy} | (grading or {}))
         found.model = asked.open(grader)
     about = (
@@ -627,8 +640,8 @@ def run_healthbench(
     seed: int = 0,              # of the sample, of the answers, of the bootstrap
     physician=None,             # "ideal" or "references": grade what physicians wrote, or had before them
     group=None,                 # 1, 2 or 3: of these physicians only
-    sampling=None,              # `Sampling` of the answers; by default temperature 1, 2048 tokens
-    grading=None,               # options of `LMGrader`: sampling (by default greedy, 1024 tokens), order, typed, retries, constrain
+    sampling=None,              # `Sampling` of the answers; by default the model's own, else temperature .6, 32k tokens
+    grading=None,               # options of `LMGrader`: sampling (by default greedy), order, typed, retries, constrain
     chunk: int = 16,            # conversations that a model of this machine is given at a time
     bootstrap: int = 1000,      # resamples
     pages: bool = True,         # write HTML
@@ -665,6 +678,9 @@ def run_healthbench(
     folder = Path(out or default_folder(label(model, physician), source.path, label(grader)))
     with alone_in(folder):
         asked = Asked(CallTape(folder/"calls"), seed, options or {}, tell)
+        named = [(k, s) for k, s in (("model", model), ("grader", grader)) if is_spec(s)]
+        known = {k: dict(spec=public_url(s)) for k, s in named}
+        check_folder(folder, dict(data=source.about) | known | settings)
         judge, more, by = who_grades(grader, grading, asked)
         answers, needs, who = who_answers(model, physician, sampling, repeats, asked)
         claim_folder(folder, settings := dict(data=source.about, model=who, grader=by) | settings)

@@ -14,11 +14,12 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.errors import UserError
 from ..core.run import atomic_write, commit, json_line, versions
-from .harness import (Answer, Asked, CallTape, alone_in, claim_folder, default_folder, label,
-                                    replacing, spans, to_stderr, who_grades)
+from .harness import (Answer, Asked, CallTape, alone_in, check_folder, claim_folder, default_folder,
+                                    is_spec, label, replacing, spans, to_stderr, who_grades)
 from .healthbench import Row, parse_row, read_messages
 from .source import Item, Source, chosen, find_rows
 from ..lm.pace import lanes, stream
+from ..lm.server import public_url
 from ..rubrics.rubric import Criterion
 
 # %% ../../nbs/evaluate/meta.ipynb #cell-8
@@ -266,7 +267,9 @@ def run_meta(
     source = Source(find_rows(rows, None if rows else "meta", fetch, tell))
     folder = Path(out or default_folder("meta", source.path, label(grader)))
     with alone_in(folder):
-        tape = CallTape(folder/"calls")
+        tape, known = CallTape(folder/"calls"), dict(data=source.about, seed=seed)
+        if is_spec(grader): known |= dict(grader=dict(spec=public_url(grader)))
+        check_folder(folder, known)
         judge, _, by = who_grades(grader, grading, Asked(tape, seed, options or {}, tell))
         claim_folder(
             folder,

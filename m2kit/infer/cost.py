@@ -14,7 +14,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 import torch
 from ..clinic.synthesize import draw_case, opening
-from ..core.errors import choose
+from ..core.errors import UserError, choose
 from .kvcache import calibrate_scales, fp8_cache
 from .quantize import Grid, quantize_model
 from .rotate import rotate, rounded_activations
@@ -129,7 +129,8 @@ def judge(
     case,        # of the clinic
     completion,  # the answer to it
 ) -> dict:       # score (unclipped), and shares or counts
-    "One answer by the case's own rubric."
+    "One answer by the case's own rubric; a `UserError` where there is none."
+    if not completion.ok: raise UserError(f"no answer to judge: {completion.error}")
     rubric = reference_rubric(case)
     verdicts, = ClauseGrader().grade([([], completion.text, rubric)])
     flags = [

@@ -126,37 +126,21 @@ def _continue(self: ForkModel, prompts: list, sampling: Sampling, seeds: list, n
 
 # %% ../../nbs/lm/fork.ipynb #cell-24
 @patch
-def chat(self: ForkModel,
-    dialogues,              # a batch
-    sampling=Sampling(),    # how to draw; `schema` is ignored
-    samples=None,           # sample indices
-    on_done=None,           # on_done(i, completion), batch by batch
-) -> list:                  # of `Completion`
-    "One completion per dialogue, in order."
-    with lock_of(self.model): return self._chat(dialogues, sampling, samples, on_done)
+def _answer(self: ForkModel, prompts: list, seeds: list, sampling: Sampling, done):
+    "As `LocalModel._answer`, holding the network: groups of prompts by what they begin with."
+    with lock_of(self.model):
+        self.prompted += sum(map(len, prompts))
+        known, cache = [], None
+        for n, rows in plan_prefixes(prompts, self.worth):
+            try: known, cache = (prefix := prompts[rows[0]][:n]), self._read(prefix, known, cache)
+            except torch.OutOfMemoryError:
+                raise UserError(f"{self.label}: out of memory with {n} tokens that prompts have in common; "
+                                "use LocalModel") from None
+            self._answer_group(rows, n, cache, prompts, seeds, sampling, done)
 
 @patch
-def _chat(self: ForkModel, dialogues, sampling, samples, on_done) -> list:
-    "As `chat`, for who holds the network."
-    (prompts, seeds), ends, known, cache = self._asked(dialogues, sampling, samples), self.ends, [], None
-    out = [None]*len(prompts)
-    self.prompted += sum(map(len, prompts))
-    for n, rows in plan_prefixes(prompts, self.worth):
-        for k, part in enumerate(
-            plan_batches([len(prompts[i]) for i in rows], sampling.max_tokens, self.batch_tokens)
-        ):
-            part = [rows[j] for j in part]
-            try:
-                if not k: known, cache = (prefix := prompts[rows[0]][:n]), self._read(prefix, known, cache)
-                answers = self._continue(
-                    [prompts[i] for i in part], sampling, [seeds[i] for i in part], n, cache
-                )
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass"
-                    " a smaller batch_tokens"
-                ) from None
-            for i, row in zip(part, answers):
-                out[i] = self._completion(prompts[i], row, sampling, ends)
-                if on_done: on_done(i, out[i])
-    return out
+def _answer_group(self: ForkModel, rows: list, n: int, cache, prompts: list, seeds: list, sampling, done):
+    "Prompts whose first `n` tokens are in `cache`."
+    def write(part): return self._continue([prompts[i] for i in part], sampling, [seeds[i] for i in part], n, cache)
+    for part in plan_batches([len(prompts[i]) for i in rows], sampling.max_tokens, self.batch_tokens):
+        for i, row in self._halving([rows[j] for j in part], write): done(i, row)

@@ -255,31 +255,24 @@ class LocalModel:
 def encode(self: LocalModel,
     dialogues: list,    # a batch, checked
     max_tokens: int,    # room for each answer
-) -> list[list[int]]:   # token ids of each prompt
-    "The prompts as tokens; a `UserError` for one that the template refuses or that leaves no room."
-    room, out = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), []
-    for i, d in enumerate(dialogues):
-        try:
-            out.append(self.spell(d))
-        except UserError:
-            raise
-        except Exception as e:
-            raise UserError(
-                f"dialogue {i}: the chat template of {self.label} refuses it ({e}); mend its roles"
-                " or their order"
-            ) from None
-    for i, ids in enumerate(out):
-        if room and len(ids) + max_tokens > room:
-            way = (
-                f"Sampling(max_tokens={room - len(ids)}) or less, or a shorter dialogue"
-                if len(ids) < room
-                else "shorten the dialogue"
-            )
-            raise UserError(
-                f"dialogue {i}: {len(ids)} prompt tokens and max_tokens={max_tokens} exceed the"
-                f" {room} positions of {self.label}; {way}"
-            )
-    return out
+) -> list:              # token ids of each prompt; a `UserError` in the place of one that cannot be asked
+    "The prompts as tokens."
+    return [self._prompt(d, max_tokens) for d in dialogues]
+
+@patch
+def _prompt(self: LocalModel, dialogue: list, max_tokens: int):
+    "One prompt's tokens, or the reason why the template refuses it or leaves no room."
+    try: ids = self.spell(dialogue)
+    except UserError as e: return e
+    except Exception as e:                                # whatever the template raises
+        return UserError(f"the chat template of {self.label} refuses the dialogue ({e}); mend its roles or "
+                         "their order")
+    room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    if not room or len(ids) + max_tokens <= room: return ids
+    way = "shorten the dialogue"
+    if len(ids) < room: way = f"Sampling(max_tokens={room - len(ids)}) or less, or a shorter dialogue"
+    return UserError(f"{len(ids)} prompt tokens and max_tokens={max_tokens} exceed the {room} positions of "
+                     f"{self.label}; {way}")
 
 # %% ../../nbs/lm/local.ipynb #8b23a19f
 _SAID = "m2kit-turn"   # in the place of an assistant's turn, where only what stands around it matters
@@ -347,22 +340,36 @@ def _generate(self: LocalModel, prompts: list, sampling: Sampling, seeds: list) 
 # %% ../../nbs/lm/local.ipynb #cell-43
 @patch
 def _completion(self: LocalModel, prompt: list, row: list, sampling: Sampling, ends: list) -> Completion:
-    "The answer that the token ids `row` spell."
+    "The answer that the token ids `row` spell; an error where there are none."
+    if row is None:
+        return Completion("", len(prompt), finish="error", error=f"{self.label}: out of memory with this "
+                          "dialogue alone; shorten it, or give its answer less room")
     text, hit = cut_at_stop(self.spell.decode(row), sampling.stop)
     ended = row[-1] in ends
     finish, written = "stop" if hit or ended else "length", len(row) - (hit and ended)
     return Completion(text, len(prompt), written, finish, opened=self.opened)
 
 @patch
-def _asked(self: LocalModel, dialogues, sampling: Sampling, samples) -> tuple:
-    "What `chat` was asked: prompts as tokens, and a seed for each; without a temperature no chance is needed."
-    dialogues = check_dialogues(dialogues)
-    samples = sample_indices(dialogues) if samples is None else samples
-    return self.encode(dialogues, sampling.max_tokens), [
-        answer_seed(d, sampling, k) if sampling.temperature else 0
-        for d, k in zip(dialogues, samples, strict=True)
-    ]
+def _halving(self: LocalModel,
+    part: list,         # rows of a batch
+    write,              # some of them -> their token ids
+) -> list:              # (row, token ids) pairs; None where a row is too much for the memory by itself
+    "A batch; in halves, when memory runs out."
+    try: return [*zip(part, write(part))]
+    except torch.OutOfMemoryError:
+        if len(part) == 1: return [(part[0], None)]
+    half = len(part)//2                     # outside: what failed is freed by now
+    return self._halving(part[:half], write) + self._halving(part[half:], write)
 
+@patch
+def _answer(self: LocalModel, prompts: list, seeds: list, sampling: Sampling, done):
+    "Answer prompts that can be answered; done(i, token ids) as they come."
+    def write(part): return self._generate([prompts[i] for i in part], sampling, [seeds[i] for i in part])
+    for part in plan_batches([len(p) for p in prompts], sampling.max_tokens, self.batch_tokens):
+        with lock_of(self.model): rows = self._halving(part, write)
+        for i, row in rows: done(i, row)
+
+# %% ../../nbs/lm/local.ipynb #chat-0
 @patch
 def chat(self: LocalModel,
     dialogues,              # a batch
@@ -370,19 +377,19 @@ def chat(self: LocalModel,
     samples=None,           # sample indices
     on_done=None,           # on_done(i, completion), batch by batch
 ) -> list[Completion]:
-    "One completion per dialogue, in order."
-    (prompts, seeds), ends = self._asked(dialogues, sampling, samples), self.ends
-    out = [None]*len(prompts)
-    for part in plan_batches([len(p) for p in prompts], sampling.max_tokens, self.batch_tokens):
-        try:
-            with lock_of(self.model):
-                rows = self._generate([prompts[i] for i in part], sampling, [seeds[i] for i in part])
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{self.label}: out of memory with batches of {self.batch_tokens} tokens; pass a"
-                " smaller batch_tokens"
-            ) from None
-        for i, row in zip(part, rows):
-            out[i] = self._completion(prompts[i], row, sampling, ends)
-            if on_done: on_done(i, out[i])
+    "One completion per dialogue, in order; a row that cannot be asked has finish \"error\"."
+    dialogues = check_dialogues(dialogues)
+    samples = sample_indices(dialogues) if samples is None else samples
+    seeds = [answer_seed(d, sampling, k) if sampling.temperature else 0     # greedy: no chance is needed
+             for d, k in zip(dialogues, samples, strict=True)]
+    prompts, out = self.encode(dialogues, sampling.max_tokens), [None]*len(dialogues)
+    def done(i, c):
+        "Row `i` has its completion."
+        out[i] = c
+        if on_done: on_done(i, c)
+    for i, p in enumerate(prompts):
+        if isinstance(p, UserError): done(i, Completion("", finish="error", error=str(p)))
+    good, ends = [i for i, c in enumerate(out) if c is None], self.ends
+    self._answer([prompts[i] for i in good], [seeds[i] for i in good], sampling,
+                 lambda j, row: done(good[j], self._completion(prompts[good[j]], row, sampling, ends)))
     return out

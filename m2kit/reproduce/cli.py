@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine', 'lacks_anywhere', 'lacks',
-           'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script', 'training', 'Unopened',
-           'seed_option', 'answer_sampling', 'run_benchmark']
+           'option', 'set_streams', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
+           'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
+           'training', 'Unopened', 'seed_option', 'run_benchmark']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
-import sys
+import contextlib, io, sys
 from pathlib import Path
 import click
 from ..core.errors import UserError, visible
@@ -120,12 +120,22 @@ def option(
     "`click.option` that shows its default."
     return click.option(*flags, **{"show_default": True} | settings)
 
+# %% ../../nbs/reproduce/cli.ipynb #dc47169e
+def set_streams():
+    "Let standard input be UTF-8 when it is no terminal, and let no letter be too much for standard output."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure") and not sys.stdin.isatty():
+        with contextlib.suppress(io.UnsupportedOperation):   # something was read already
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+
 # %% ../../nbs/reproduce/cli.ipynb #cell-15
 def main(
     argv=None, # the words after `m2kit`; those of the command line by default
 ) -> int:
     "The command `m2kit`: 0 when all went well, 1 when something ran and failed, 2 for a wrong input, 130 when interrupted."
-    def wrong(message): print(f"m2kit: {' '.join(message.split())}", file=sys.stderr); return 2
+    def wrong(message): print("m2kit:", visible(" ".join(message.split())), file=sys.stderr); return 2
+    set_streams()
     try:
         return commands.main(argv, prog_name="m2kit", standalone_mode=False) or 0
     except click.UsageError as e:
@@ -260,19 +270,31 @@ def exhibits(scale, out):
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-29
+def reach(
+    address: str,   # of a Ray cluster
+):
+    "Let jobs go to a cluster; a `UserError` when nobody answers there."
+    import os
+    from m2kit.core.cluster import RAY, connected
+    connected(address).shutdown()
+    os.environ[RAY] = address
+
 @command("Compute what figures rest on, where it is missing or stale, and put it into data/evidence.", """
     m2kit evidence                          all of it: hours; the same again goes on after a kill
     m2kit evidence fig05 --seeds 8          one exhibit, with more seeds than its notebook names
-    m2kit evidence --background             in a process that outlives the terminal""",
+    m2kit evidence --background             in a process that outlives the terminal
+    m2kit evidence --ray 10.0.0.1:6379      on the machines of a Ray cluster, over one shared folder of steps""",
     click.argument("names", nargs=-1, metavar="[NAME ...]"),
     option("--seeds", type=COUNT, metavar="N", help="How many of each; as many as the notebooks name by default."),
     option("--jobs", type=COUNT, metavar="N",
            help="Processes at a time; by default as many as cores and memory allow."),
+    option("--ray", metavar="ADDRESS", help="A Ray cluster to send the jobs to; needs m2kit[cluster]."),
     option("--background", is_flag=True, show_default=False, help="Return at once; the log says how it goes."))
-def evidence(names, seeds, jobs, background):
+def evidence(names, seeds, jobs, ray, background):
     "Compute it, or start to."
     from m2kit.reproduce.evidence import compute_evidence, in_background, measured
     books = measured(names)
+    if ray: reach(ray)
     if not background: return compute_evidence(list(books), seeds, jobs)
     more = [w for k, v in dict(seeds=seeds, jobs=jobs).items() if v for w in (f"--{k}", str(v))]
     pid, log = in_background(["evidence", *books, *more])
@@ -374,7 +396,7 @@ def lacks_anywhere(
 ) -> list[str]:        # what is missing, each with the way out
     "What keeps this machine from running at any scale."
     found, python = [], tuple(map(int, have["python"].split(".")[:2]))
-    if python < (3, 11): found.append(f"Python {have['python']}: 3.11 or newer is needed")
+    if not (3, 11) <= python < (3, 15): found.append(f"Python {have['python']}: 3.11 to 3.14 is needed")
     if lost := packages(""): found.append(f"packages: pip install {' '.join(map(repr, lost))}")
     if have["disk"] < 1:
         found.append(f"{have['disk']:.1f} GB free on disk: 1 GB is needed for runs and figures")
@@ -626,23 +648,6 @@ def consult(case, number, condition, seed, model, checker, judge, save, log):
     talk(consultation)
     return 0
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-62
-def answer_sampling(
-    model,         # the spec of who answers
-    temperature,   # None: 1
-    max_tokens,    # None: 224 for a tiny model, else 2048
-    seed: int,     # of the answers
-):                 # a `Sampling`; None when nothing was said, for the harness's own
-    "How answers are sampled."
-    from m2kit.lm.chat import Sampling
-    if temperature is None and max_tokens is None: return None
-    room = 224 if str(model).startswith("tiny:") else 2048
-    return Sampling(
-        temperature=1.0 if temperature is None else temperature,
-        max_tokens=max_tokens or room,
-        seed=seed,
-    )
-
 # %% ../../nbs/reproduce/cli.ipynb #cell-64
 WHO = [
     option("--model", type=Spec("recorded"), metavar="SPEC",
@@ -687,9 +692,10 @@ GRADING = [
                 "the reference would.")]
 CALLS = [
     option("--temperature", type=click.FloatRange(min=0), metavar="T",
-           help="Of the answers; by default 1."),
+           help="Of the answers; by default the model's own, else .6 (tiny models: 1)."),
     option("--max-tokens", type=COUNT, metavar="N",
-           help="Of the answers; by default 2048 (tiny models: 224)."),
+           help="Of the answers, reasoning included; by default 32768, where it has room for it "
+                "(tiny models: 224)."),
     option("--concurrency", type=COUNT, metavar="N",
            help="Requests at a time to a server; by default 64, and up to 256 while that helps."),
     option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, metavar="S",
@@ -706,12 +712,14 @@ def run_benchmark(
     "HealthBench, or the grader against physicians, as the options say."
     from m2kit.evaluate.harness import as_text, run_healthbench
     from m2kit.evaluate.meta import meta_text, run_meta
+    from m2kit.lm.open import default_sampling
     common = dict(
         rows=o.rows, limit=o.limit, out=o.out, seed=o.seed, fetch=o.fetch,
         options=dict(concurrency=o.concurrency, timeout=o.timeout),
         grading=dict(order=o.order, typed=not o.unified, retries=o.retries, constrain=o.constrain))
     if o.meta_eval: return (r := run_meta(o.grader, **common)), meta_text(r)
-    sampling = answer_sampling(o.model, o.temperature, o.max_tokens, o.seed)
+    given = dict(temperature=o.temperature, max_tokens=o.max_tokens)
+    sampling = default_sampling(o.model, o.seed, **given) if any(given.values()) or o.temperature == 0 else None
     r = run_healthbench(
         o.model, o.grader, subset=o.subset, repeats=o.repeats, physician=o.physician, group=o.group,
         sampling=sampling, pages=not o.no_pages, lenient=o.lenient, **common)
@@ -879,3 +887,6 @@ def recipes(out, cards, per_node, model, family):
     from m2kit.train.configs import write_recipes
     for p in write_recipes(out, cards, per_node, model, family): print(p)
     return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #as-module-2
+if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())

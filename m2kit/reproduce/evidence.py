@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from ..core.closure import package_dir, registered
 from ..core.errors import UserError, choose
-from ..core.jobs import named
+from ..core.closure import named
 from ..core.run import atomic_write, commit, data_dir, read_jsonl, root, runs_dir
 from ..core.step import (
     Step, asked, freshness, keep_records, load_object, made, record_at, records, ship, step_names, weights_of)
@@ -264,7 +264,7 @@ FIRST_STEPS = """
 import sys
 from hashlib import sha256
 from pathlib import Path
-from m2kit.core.jobs import named
+from m2kit.core.closure import named
 of, steps, base, more = sys.argv[1], int(sys.argv[2]), sys.argv[3], dict(a.split("=", 1) for a in sys.argv[4:])
 folder = Path(named(of)(base=base, fresh=True, steps=steps, **more))
 print(*(sha256(w.read_bytes()).hexdigest() for w in sorted(folder.glob("*.safetensors"))))

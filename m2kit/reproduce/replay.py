@@ -20,7 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.closure import closure, definitions, definitions_of, package_dir
 from ..core.errors import UserError
-from ..core.jobs import named
+from ..core.closure import named
 from ..core.run import commit, data_dir, fingerprint, runs_dir
 from ..core.step import AFRESH, freshness, keep_records, load_object, records, step_names
 from ..train.stages import MULTITURN, RUBRIC, RULE, SESSIONS

@@ -10,7 +10,7 @@ __all__ = ['AHEAD', 'git', 'merge_base', 'changed_files', 'touched', 'importers'
 import os, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from .pipeline import notebooks, uses
 
@@ -101,7 +101,8 @@ AHEAD = [
 
 @cache
 def fork_server():
-    "A way to start processes in which the packages of `AHEAD` are loaded."
+    "A way to start processes; where there are forks, the packages of `AHEAD` are loaded in them."
+    if "forkserver" not in get_all_start_methods(): return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload(AHEAD)
     return context
@@ -112,8 +113,9 @@ def run_cells(
     room,          # a folder for temporary files and for the file `said`
 ):
     "What the process of a chapter does; it ends with status 0 when all is well."
-    with open(Path(room)/"said", "w") as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
+    with open(Path(room)/"said", "w", encoding="utf-8") as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
     os.environ["TMPDIR"] = tempfile.tempdir = str(room)
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(encoding="utf-8")
     os.chdir(Path(path).parent)
     from nbdev.config import get_config
     from nbdev.test import test_nb
@@ -132,7 +134,7 @@ def run_forked(
         p = fork_server().Process(target=run_cells, args=(str(Path(path).absolute()), flags, room))
         p.start(); p.join(timeout)
         if p.is_alive(): p.kill(); p.join(); return False, f"{path}: still at work after {timeout:.0f} s"
-        return p.exitcode == 0, (Path(room)/"said").read_text(errors="replace")
+        return p.exitcode == 0, (Path(room)/"said").read_text(encoding="utf-8", errors="replace")
 
 # %% ../../nbs/reproduce/touched.ipynb #c21
 def run_test(

@@ -232,9 +232,11 @@ def uniformity(
     seed: int = 0,         # of the resampling
     resamples: int = 500,
     labels=None,           # of the cases; pairs with the same label do not count
+    minus=None,            # other rubrics of the same cases: how much more alike than these?
 ) -> dict:                 # measure -> `Estimate` of the mean over pairs
     "Mean similarity over pairs of cases, with 95% intervals from resampling cases."
-    rubrics = list(rubrics)
+    rubrics, tables = list(rubrics), similarities(rubrics)
+    if minus: tables = {k: t - similarities(minus)[k] for k, t in tables.items()}
     labels = np.array(range(len(rubrics)) if labels is None else labels)
     apart = (labels[:, None] != labels[None]).astype(float)
     if not apart.any(): raise UserError("uniformity needs rubrics of two different cases at least")
@@ -255,7 +257,7 @@ def uniformity(
             "cases",
             least=FEW
         )
-        for k, s in similarities(rubrics).items()
+        for k, s in tables.items()
     }
 
 # %% ../../nbs/rubrics/agreement.ipynb #cell-31

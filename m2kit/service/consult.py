@@ -158,6 +158,10 @@ def typed(prompt="doctor>  "):
     while True:
         try: yield input(prompt if sys.stdin.isatty() else "")
         except EOFError: return
+        except UnicodeDecodeError as e:
+            raise UserError(
+                f"standard input: not UTF-8 (byte 0x{e.object[e.start]:02x}); save the questions as UTF-8"
+            ) from None
 
 def farewell(
     consultation: Consultation,

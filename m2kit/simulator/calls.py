@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 from ..core.errors import UserError
 from ..lm.chat import ChatModel, Completion, Sampling
+from ..lm.pace import below
 
 # %% ../../nbs/simulator/calls.ipynb #cell-6
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Line:
             raise RuntimeError(
                 f"{first.model.name} gave {len(out)} completions for {len(calls)} dialogues"
             )
-        self.heard.add(id(first.model))
+        if any(c.ok for c in out) or hasattr(below(first.model), "room"): self.heard.add(id(first.model))
+        elif id(first.model) not in self.heard: raise UserError(out[0].error)
         return out
 
     def single(self, call: Call):

@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from ..core.errors import UserError
-from ..core.jobs import named
+from ..core.closure import named
 from .patient import rollouts, simulate
 
 # %% ../../nbs/simulator/pool.ipynb #cell-6

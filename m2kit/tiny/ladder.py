@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 import torch
 from ..core.errors import UserError, choose
-from ..core.jobs import named, run_steps
+from ..core.closure import named
+from ..core.jobs import run_steps
 from ..core.run import read_jsonl
 from ..core.step import Step, made, load_object
 from ..lm.local import load_policy
