@@ -86,7 +86,8 @@ pre { overflow-x: auto; font-size: .85rem; background: var(--page); padding: .6r
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin: .5rem 0; font-size: .9rem } dd { margin: 0 }
 .first li { margin: .3rem 0 } h2 small { font-weight: 400 }
 @media print { body { max-width: none; padding: 0; font-size: 10pt } section { border: 0; padding: 0; break-inside: auto; background: none }
-  section, .ledger tr, img, .claim { break-inside: avoid } h2, h3 { break-after: avoid } details { display: none } .wide { overflow: visible }
+  section, .ledger tr, img, .claim { break-inside: avoid } h2, h3 { break-after: avoid }
+  details { display: none } .wide { overflow: visible }
   a { color: inherit; text-decoration: none } }
 @media (max-width: 40rem) { .ledger thead { display: none } .ledger tr, .ledger td { display: block; border: 0; padding: 0 }
   .ledger tr { border-bottom: 1px solid var(--line); padding: .5rem 0 } }
@@ -148,7 +149,8 @@ PAGE = """{% import 'exhibit' as x with context %}{% import 'claim' as k with co
 <p><b>{{ said }}</b></p><ul class="first">{% for row, line in first %}<li><a href="#{{ row.id }}">{{ line }}</a></li>{% endfor %}</ul>
 {% for whose, image in forests.items() %}<img src="{{ image }}" alt="Every tested claim, {{ whose_all[whose] }}: estimate, 95% interval,
 margin and the paper's number. The same numbers are in the tables below.">{% endfor %}
-<p>Go to: <a href="#ledger">the ledger, one row a claim</a>{% for e in exhibits %} · <a href="#{{ e.exhibit }}">{{ e.exhibit }}</a>{% endfor %}</p>
+<p>Go to: <a href="#ledger">the ledger, one row a claim</a>
+{% for e in exhibits %} · <a href="#{{ e.exhibit }}">{{ e.exhibit }}</a>{% endfor %}</p>
 <p class="small">Every exhibit says what it is: <b>measured</b> was run here, with seeds and an interval; <b>derived</b> is computed from
 first principles; <b>redrawn</b> shows the paper's own published numbers and nothing of ours. Verdicts follow from the numbers beside them:
 {% for v in marks %}{{ k.verdict(v) }}{{ ", " if not loop.last }}{% endfor %}. Of the paper's numbers, those without a mark are reported in

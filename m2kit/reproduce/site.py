@@ -7,13 +7,14 @@ __all__ = ['PATH', 'LINK', 'CODE', 'SITE_CSS', 'room_of', 'in_order', 'path_of',
            'new_target', 'relinked', 'repo_links', 'page_cells', 'markdown_cell', 'to', 'page_of', 'links_to',
            'map_strip', 'whereabouts', 'chip', 'line_of', 'exhibit_box', 'without_pictures', 'page_notebook',
            'finding_text', 'claims_page', 'comments_of', 'params_of', 'returns_of', 'as_rst', 'signature',
-           'function_rst', 'class_rst', 'module_rst', 'api_page', 'front_summary', 'front_path', 'between',
+           'function_rst', 'class_rst', 'module_rst', 'api_page', 'front_summary', 'front_path', 'filled_in',
            'write_front', 'toc', 'first_lines', 'room_page', 'map_page', 'front_page', 'write_sources', 'mathml',
            'setup', 'Page', 'read_page', 'broken_links', 'settings_for_sphinx', 'copy_figures', 'build_site']
 
 # %% ../../nbs/reproduce/site.ipynb #cell-3
 import ast, html, io, json, os, re, shutil, tokenize
 from collections import defaultdict
+from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..core.errors import UserError
 from ..core.run import atomic_write, package_dir, root
 from ..core.stats import number
 from .claims import book_of, counts_sentence, paper_order
-from .outputs import HIDDEN, joined, lines_of, notebook_text
+from .outputs import HIDDEN, joined, source_lines, notebook_text
 from .pipeline import Notebook, notebooks, uses
 from .summary import SIGNS, finding_line, first_findings
 
@@ -85,7 +86,6 @@ CODE = re.compile(r"(^```.*?^```|`+[^`\n]+`+)", re.M | re.S)
 
 def git_url() -> str:
     "Where the repository is, as settings.ini says."
-    from configparser import ConfigParser
     cfg = ConfigParser(delimiters=["="])
     cfg.read(root()/"settings.ini", encoding="utf-8")
     return cfg["DEFAULT"]["git_url"]
@@ -145,11 +145,11 @@ def page_cells(
         text = joined(c["source"])
         if c["cell_type"] == "markdown":
             heading = (re.findall(r"^#+ +(.+)$", CODE.sub("", text), re.M) or [heading])[-1]
-            found.append(c | dict(source=lines_of(relinked(text, where))))
-        elif c["cell_type"] == "code" and not HIDDEN.search(text):
+            found.append(c | dict(source=source_lines(relinked(text, where))))
+        elif c["cell_type"] == "code" and not HIDDEN.search(text) and "hide" not in c["metadata"].get("tags", []):
             shown = re.sub(r"(?m)^\s*#\s*\|.*\n?", "", text).strip("\n")
             image = dict(mystnb=dict(image=dict(alt=f"Picture: {heading}")))
-            if shown: found.append(c | dict(source=lines_of(shown), metadata=c["metadata"] | image))
+            if shown: found.append(c | dict(source=source_lines(shown), metadata=c["metadata"] | image))
     return found
 
 def markdown_cell(
@@ -157,7 +157,7 @@ def markdown_cell(
     name: str,        # a cell's id
 ) -> dict:
     "A markdown cell of our own."
-    return dict(cell_type="markdown", id=name, metadata={}, source=lines_of(text))
+    return dict(cell_type="markdown", id=name, metadata={}, source=source_lines(text))
 
 # %% ../../nbs/reproduce/site.ipynb #cell-16
 def to(
@@ -229,12 +229,14 @@ def line_of(
 def exhibit_box(
     nb: Notebook,     # of an exhibit
     rows: list,       # its rows of the ledger
+    figure=True,      # whether it has been drawn
 ) -> str:             # HTML
     "An exhibit's figure, and how it came to be."
     here, name = page_of(nb), nb.name
     claims = "".join(f'<li>{chip(r["verdict"])} <a href="{to("claims", here)}#{r["id"]}">{html.escape(r["text"])}</a></li>'
                      for r in rows)
     source = away(nb.path.relative_to(nb.path.parents[2]), line_of(nb.path, "save_exhibit("))
+    if not figure: return f'<p class="m2-why">Not drawn yet: <code>m2kit reproduce --only {name}</code></p>'
     return (f'<figure class="m2-figure"><a href="../figures/{name}.svg"><img src="../figures/{name}.png" '
             f'alt="{html.escape(nb.title, quote=True)}. The numbers are in {name}.json."></a><figcaption>'
             f'<b>{html.escape(nb.label)}</b> · redo it: <code>m2kit reproduce --only {name}</code> · '
@@ -287,7 +289,8 @@ def claims_page(
         head = '<tr><th scope="col">verdict</th><th scope="col">claim</th><th scope="col">exhibit</th></tr>'
         picture = (f'<figure class="m2-figure"><img src="figures/claims_{whose}.svg" alt="Every tested claim with its estimate, its '
                    f'interval and its margin; the numbers are in the table below."></figure>')
-        return picture + f'<div class="m2-wide" tabindex="0"><table class="m2-ledger"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+        table = f'<table class="m2-ledger"><thead>{head}</thead><tbody>{rows}</tbody></table>'
+        return f'{picture}<div class="m2-wide" tabindex="0">{table}</div>'
     return (f"# Claims\n\n{said} Verdicts follow from the numbers beside them.\n\n## The paper's\n\n{table('paper')}\n\n"
             f"## The book's own questions\n\n{table('book')}\n")
 
@@ -415,7 +418,7 @@ def front_path(
     return "\n\n".join(f"**{numbers.get(r, '')}{room_title(r)[0]}.** {room_title(r)[1]} {' · '.join(link(books[n]) for n in ns)}"
                        for r, ns in path.items())
 
-def between(
+def filled_in(
     text: str,        # Markdown
     mark: str,        # of the piece
     new: str,         # what is to stand there
@@ -437,7 +440,7 @@ def write_front(
     pieces = {"what came out": front_summary(figures or root()/"figures"), "path": front_path(index.parent)}
     for c in nb["cells"]:
         for mark, new in pieces.items():
-            if f"<!-- {mark} -->" in joined(c["source"]): c["source"] = lines_of(between(joined(c["source"]), mark, new))
+            if f"<!-- {mark} -->" in joined(c["source"]): c["source"] = source_lines(filled_in(joined(c["source"]), mark, new))
     text = notebook_text(nb)
     if text != old: atomic_write(index, text)
     return text != old
@@ -497,7 +500,8 @@ def write_sources(
     for room, names in path.items():
         files[f"{room}/index.md"] = room_page(room, names, books, path)
         for nb in map(books.get, names):
-            head = whereabouts(nb, books, path, graph) + (exhibit_box(nb, rows[nb.name]) if nb.kind == "exhibit" else "")
+            head = whereabouts(nb, books, path, graph)
+            if nb.kind == "exhibit": head += exhibit_box(nb, rows[nb.name], (Path(figures)/f"{nb.name}.png").exists())
             files[f"{page_of(nb)}.ipynb"] = json.dumps(page_notebook(nb, head))
     api = {r: text for r in path if (text := api_page(r, books))}
     files |= {f"api/{r}.rst": text for r, text in api.items()}
@@ -510,33 +514,42 @@ def write_sources(
 
 # %% ../../nbs/reproduce/site.ipynb #cell-41
 SITE_CSS = """
-.m2-here { border: 1px solid var(--pst-color-border); border-radius: .5rem; padding: .6rem .8rem; margin: 1rem 0; font-size: .9rem }
+.m2-here { border: 1px solid var(--pst-color-border); border-radius: .5rem; padding: .6rem .8rem; margin: 1rem 0;
+  font-size: .9rem }
 .m2-map { display: flex; flex-wrap: wrap; gap: .3rem; list-style: none; padding: 0; margin: 0 0 .4rem }
 .m2-map li { margin: 0 } .m2-map li::marker { content: "" }
-.m2-map a { display: block; padding: .15rem .5rem; border-radius: 1rem; border: 1px solid var(--pst-color-border); text-decoration: none;
+.m2-map a { display: block; padding: .15rem .5rem; border-radius: 1rem; border: 1px solid var(--pst-color-border);
+  text-decoration: none;
   color: var(--pst-color-text-base) }
 .m2-map .here a { background: var(--pst-color-primary); color: var(--pst-color-on-primary, #fff); font-weight: 600 }
-.m2-place { margin: 0 0 .2rem } .m2-here dl { margin: 0 } .m2-here dl div { display: flex; flex-wrap: wrap; gap: 0 .6rem }
+.m2-place { margin: 0 0 .2rem } .m2-here dl { margin: 0 } .m2-here dl div { display: flex; flex-wrap: wrap;
+  gap: 0 .6rem }
 .m2-here dt { color: var(--pst-color-text-muted); min-width: 5rem } .m2-here dd { margin: 0; flex: 1 1 15rem }
-.m2-figure { margin: 1rem 0 } .m2-figure img, article img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem }
+.m2-figure { margin: 1rem 0 } .m2-figure img, article img { max-width: 100%; height: auto; background: #fff;
+  border-radius: .3rem }
 .m2-claims { list-style: none; padding: 0 } .m2-claims li { margin: .3rem 0 }
-.m2-chip { display: inline-block; border: 1.5px solid; border-radius: 1rem; padding: 0 .5rem; font-size: .8rem; font-weight: 600; white-space: nowrap }
+.m2-chip { display: inline-block; border: 1.5px solid; border-radius: 1rem; padding: 0 .5rem; font-size: .8rem;
+  font-weight: 600; white-space: nowrap }
 html[data-theme="light"] .m2-reproduced { color: #00694d } html[data-theme="dark"] .m2-reproduced { color: #4fd1a5 }
 html[data-theme="light"] .m2-refuted { color: #a63d00 } html[data-theme="dark"] .m2-refuted { color: #ff9a5c }
 .m2-cannot-tell, .m2-not-tested-here { color: var(--pst-color-text-muted) }
 .m2-wide { overflow-x: auto } .m2-ledger { width: 100%; border-collapse: collapse; font-size: .95rem }
-.m2-ledger td, .m2-ledger th { vertical-align: top; text-align: left; padding: .5rem; border-bottom: 1px solid var(--pst-color-border) }
+.m2-ledger td, .m2-ledger th { vertical-align: top; text-align: left; padding: .5rem;
+  border-bottom: 1px solid var(--pst-color-border) }
 .m2-ledger td:nth-child(2) { min-width: 14rem; width: 62% }
-.m2-ledger ul { padding-left: 1.1rem; margin: .2rem 0; font-size: .9rem } .m2-why { color: var(--pst-color-text-muted); font-size: .9rem; margin: 0 }
+.m2-ledger ul { padding-left: 1.1rem; margin: .2rem 0; font-size: .9rem }
+  .m2-why { color: var(--pst-color-text-muted); font-size: .9rem; margin: 0 }
 .m2-ledger tr:target { outline: 2px solid var(--pst-color-primary) }
-@media (max-width: 40rem) { .m2-ledger thead { display: none } .m2-ledger tr, .m2-ledger td { display: block; border: 0; padding: .2rem 0 }
+@media (max-width: 40rem) { .m2-ledger thead { display: none } .m2-ledger tr, .m2-ledger td { display: block;
+  border: 0; padding: .2rem 0 }
   .m2-ledger tr { border-bottom: 1px solid var(--pst-color-border); padding: .6rem 0 } }
 math[display="block"] { overflow-x: auto; padding: .3rem 0 } article table { display: block; overflow-x: auto }
 .m2-ledger { display: table !important }
-@media print { .bd-header, .bd-sidebar-primary, .bd-sidebar-secondary, .prev-next-footer, .bd-footer, .m2-map, .header-article { display: none !important }
+@media print { .bd-header, .bd-sidebar-primary, .bd-sidebar-secondary, .prev-next-footer, .bd-footer, .m2-map,
+  .header-article { display: none !important }
   .bd-main, .bd-content, .bd-article-container { max-width: 100% !important; display: block !important }
-  pre { white-space: pre-wrap; break-inside: avoid } figure, tr, img { break-inside: avoid } h1, h2, h3 { break-after: avoid } a { color: inherit } }
-"""
+  pre { white-space: pre-wrap; break-inside: avoid } figure, tr, img { break-inside: avoid } h1, h2,
+  h3 { break-after: avoid } a { color: inherit } }"""
 
 # %% ../../nbs/reproduce/site.ipynb #cell-43
 def mathml(
@@ -621,8 +634,8 @@ def settings_for_sphinx(
         html_theme_options=dict(
             logo=dict(text="m2kit"), show_prev_next=True, navigation_depth=3, show_nav_level=1, collapse_navigation=True,
             icon_links=[dict(name="The repository", url=git_url(), icon="fa-brands fa-github")],
-            footer_start=["copyright"], footer_end=[], secondary_sidebar_items=["page-toc"], pygments_light_style="a11y-high-contrast-light",
-            pygments_dark_style="a11y-high-contrast-dark", back_to_top_button=False),
+            footer_start=["copyright"], footer_end=[], secondary_sidebar_items=["page-toc"], back_to_top_button=False,
+            pygments_light_style="a11y-high-contrast-light", pygments_dark_style="a11y-high-contrast-dark"),
         copyright="the m2kit authors, Apache-2.0. For teaching and research; the clinic is synthetic, nothing here is medical advice")
 
 def copy_figures(
@@ -641,8 +654,10 @@ def build_site(
 ) -> Path:            # its first page
     "Build the site; a `UserError` where a page cannot be made or a link leads nowhere."
     try: from sphinx.application import Sphinx
-    except ImportError: raise UserError("Sphinx is not installed; in the repository: pip install -c constraints.txt -e '.[site]'") from None
+    except ImportError: raise UserError("Sphinx is not installed; in the repository: make site, or pip install -e '.[site]'") from None
     out, figures = Path(out or root()/"_docs").resolve(), Path(figures or root()/"figures")
+    if out.is_dir() and any(out.iterdir()) and not (out/"searchindex.js").exists():
+        raise UserError(f"{out} holds something, and no site that could be made anew; name another folder with --out")
     work = out.with_name(f".{out.name}.work")
     pages, said = write_sources(work/"source", figures, nbs), io.StringIO()
     tell(f"{len(pages)} pages to build, about a minute")
@@ -654,7 +669,8 @@ def build_site(
     copy_figures(figures, out/"figures")
     atomic_write(out/".nojekyll", "")
     shutil.rmtree(work)
-    wrong = [re.sub(r"\x1b\[[0-9;]*m", "", l) for l in said.getvalue().splitlines() if "WARNING" in l or "ERROR" in l]
-    wrong += broken_links(out)
-    if wrong: raise UserError(f"{len(wrong)} faults in the site at {out}: " + "; ".join(wrong[:10]))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).replace(str(work/"source") + "/", "")
+    wrong = [l for l in plain.splitlines() if "WARNING" in l or "ERROR" in l] + broken_links(out)
+    for l in wrong: tell(l)
+    if wrong: raise UserError(f"{len(wrong)} faults in the site at {out}, listed above; mend them in nbs/")
     return out/"index.html"
