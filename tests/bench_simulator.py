@@ -46,7 +46,7 @@ def measure_pool(pool, scripts, doctors):
 def rounds():
     "Other patients in every round, the same for all sizes; sizes in turn, so that a busy machine disturbs all alike. A first round that is not counted pays for imports and buffers."
     import torch
-    from m2kit.service.consult import open_simulator
+    from m2kit.simulator.patient import open_simulator
     from m2kit.simulator.pool import SimulatorPool
     torch.set_num_threads(1)                                  # as each worker of a pool does
     sim, out = open_simulator(), []

@@ -190,6 +190,25 @@ def test_commands_say_one_line(): commands(QUICK)
 def test_commands_say_one_line_at_length(): commands(LONG)
 
 
+# What the long run has found, each once.
+AWKWARD = dict(
+    cases=["{}", "[{}]", "[[]]", '{"a": {}}', "[null]"], bulk=["{}", "null", "[{}]"], bundles=["{}", '{"resourceType": "Bundle"}', '{"resourceType": "Bundle", "entry": []}'],
+    labelled=[json.dumps(LABELLED | {k: v}) for k in LABELLED for v in (None, {}, 3, "x", [None], [[]])])
+
+
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_what_the_long_run_found(kind):
+    "None of these is a file of its kind: each is refused."
+    if kind in ("bundles", "bulk"): pytest.importorskip("fhir.resources")
+    reader, suffix, _ = KINDS[kind]
+    for text in AWKWARD[kind]:
+        if text == json.dumps(LABELLED | dict(answer="x")): continue
+        path = FILE.with_suffix(suffix)
+        path.write_text(text)
+        with pytest.raises(UserError) as e: reader(path)
+        one_line(e.value)
+
+
 def test_the_good_files_are_read():
     "The fuzzer starts from files that are right."
     for kind, (reader, suffix, samples) in KINDS.items():

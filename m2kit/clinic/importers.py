@@ -435,7 +435,7 @@ def _rows(path) -> list[tuple]:
     found = json_values(path)
     if len(found) == 1 and isinstance(found[0][1], dict) and not kind_of(found[0][1]):
         inner = [(f"{path}, {k}", v) for k, v in found[0][1].items() if kind_of(v) == "patientsim"]
-        if len(inner) == len(found[0][1]): return inner
+        if inner and len(inner) == len(found[0][1]): return inner
     return found
 
 def load_cases(

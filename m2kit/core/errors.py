@@ -26,9 +26,10 @@ def markdown_text(
 # %% ../../nbs/core/errors.ipynb #cell-12
 def print_visible(
     text,      # some lines
+    file=None, # where to; standard output by default
 ):
     "Print lines from outside, a model's reply or a record, so that the terminal shows them."
-    for line in str(text).split("\n"): print(visible(line))
+    for line in str(text).split("\n"): print(visible(line), file=file, flush=True)
 
 class UserError(Exception):
     "A wrong input. The message is one line: what is wrong, where, and the way out."

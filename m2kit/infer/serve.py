@@ -12,9 +12,9 @@ __all__ = ['METHODS', 'EXPERTS', 'KNOWN', 'FIELDS', 'KV_NAMES', 'ENGINES', 'COMM
 import json, math, shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.errors import UserError, choose
+from ..core.errors import UserError, choose, print_visible
 from ..lm.memory import (
-    KV_BYTES, LAYOUTS, OVERHEAD, QWEN25_32B, Budget, Layout, _as_dict, budget, card_bytes,
+    KV_BYTES, LAYOUTS, OVERHEAD, QWEN25_32B, Budget, Layout, config_dict, budget, card_bytes,
     card_named, decoder, max_length)
 
 # %% ../../nbs/infer/serve.ipynb #cell-6
@@ -62,7 +62,7 @@ def stored_layout(
     config,          # a dict, a folder or the path of a config.json
 ) -> Layout | None:  # None for a checkpoint in 16 bits
     "How the checkpoint says that its linear layers are stored."
-    q = _as_dict(config).get("quantization_config")
+    q = config_dict(config).get("quantization_config")
     if not q: return None
     return METHODS[
         choose(
@@ -218,11 +218,11 @@ def model_config(
     if isinstance(config, dict): return config
     for place in (config, model):
         if place in KNOWN: return KNOWN[place]
-        if place and Path(place).expanduser().exists(): return _as_dict(Path(place).expanduser())
+        if place and Path(place).expanduser().exists(): return config_dict(Path(place).expanduser())
     if config: raise UserError(f"config is {config!r}: neither a file here nor one of {', '.join(KNOWN)}")
     from huggingface_hub import try_to_load_from_cache
     hit = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
-    if isinstance(hit, str): return _as_dict(hit)
+    if isinstance(hit, str): return config_dict(hit)
     if near := next((k for k in KNOWN if k in model), None): return KNOWN[near]
     raise UserError(
         f"no config.json of {model} on this machine; fetch it (hf download {model} config.json), or"
@@ -548,5 +548,5 @@ def serve_doctor(
 ) -> int:          # exit status: 0 when it fits, 1 when it does not
     "Print the answer."
     plan = serve_plan(config, card)
-    print(describe_plan(plan))
+    print_visible(describe_plan(plan))
     return 0 if plan.fits else 1

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DRAFT_FILES', 'pick', 'accept', 'one_hot', 'guesses', 'Tree', 'Round', 'walk', 'Midlayer', 'default_taps',
            'draft_config', 'Draft', 'save_draft', 'load_draft', 'check_pair', 'Taps', 'additive', 'keep_columns',
-           'Shape', 'Decoded', 'distribution', 'Speculator', 'decode', 'continuations', 'fits_target', 'acceptance']
+           'Shape', 'Decoded', 'distribution', 'Speculator', 'decode', 'continuations', 'fits_target', 'judged',
+           'acceptance']
 
 # %% ../../nbs/infer/speculate.ipynb #cell-4
 import random
@@ -19,7 +20,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding)
 from ..core.errors import UserError
-from ..core.stats import contrast_interval, ratio_interval
+from .speedup import acceptance_of
 
 # %% ../../nbs/infer/speculate.ipynb #cell-8
 def pick(
@@ -574,19 +575,19 @@ def fits_target(
     return float(chi2.sf(sum((s - e)**2/e for s, e in cells), len(cells) - 1))
 
 # %% ../../nbs/infer/speculate.ipynb #cell-63
+def judged(
+    decoded: list,   # `Decoded`, one a dialogue
+    depth: int,      # places to report
+) -> dict:           # places: (dialogues, depth, 2), accepted and judged; rounds: (dialogues, 2), tokens and rounds
+    "What became of the guesses, counted by dialogue."
+    at = [[[sum(r.accepted > i for r in d.rounds), sum(r.tested > i for r in d.rounds)] for i in range(depth)]
+          for d in decoded]
+    return dict(places=at, rounds=[[sum(r.tokens for r in d.rounds), len(d.rounds)] for d in decoded])
+
 def acceptance(
     decoded: list,          # `Decoded`, one a dialogue
     depth: int,             # places to report
     seed: int = 0,          # of the bootstrap
-) -> dict:                  # "places": (values, lows, highs), arrays (depth,); "overall" and "tokens a round": `Estimate`
-    "How well the draft did, with intervals by dialogue; NaN at a place that no round reached."
-    def judged(d, i):
-        "How many guesses at place i of a dialogue were accepted, and of how many."
-        return sum(r.accepted > i for r in d.rounds), sum(r.tested > i for r in d.rounds)
-    at = np.array([[judged(d, i) for i in range(depth)] for d in decoded], float)      # (dialogues, depth, 2)
-    rounds = [(sum(r.tokens for r in d.rounds), len(d.rounds)) for d in decoded]
-    return {
-        "places": tuple(np.array([ratio_interval(at[:, i], seed) for i in range(depth)]).T),
-        "overall": ratio_interval(at.sum(1), seed),
-        "tokens a round": contrast_interval([rounds], [1], seed),
-    }
+) -> dict:                  # as `acceptance_of`
+    "How well the draft did, with intervals by dialogue."
+    return acceptance_of(judged(decoded, depth), seed)

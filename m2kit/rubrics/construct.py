@@ -11,7 +11,7 @@ __all__ = ['HEAD', 'TAIL', 'ASK_DIMENSIONS', 'ASK_CANDIDATES', 'ASK_CHOICE', 'AS
 from dataclasses import dataclass, replace
 from ..lm.chat import ChatModel, Sampling
 from ..lm.reply import AskReport, Unusable, ask_until, read_json, section
-from .generate import Failure, Source, _dimension, _distinct, _points, _same, mend, sections
+from .generate import Failure, Source, read_dimension, distinct_sources, read_points, normalized, mend, sections
 from .rubric import DIMENSIONS, Criterion, Rubric
 
 # %% ../../nbs/rubrics/construct.ipynb #cell-6
@@ -64,7 +64,7 @@ def read_dimensions(
 ) -> tuple:         # (Draft, names of repairs)
     "Step 1: the dimensions that matter, in the paper's order."
     notes = []
-    said = {_dimension(d, notes.append)[0] for d in _list(text, "dimensions")}
+    said = {read_dimension(d, notes.append)[0] for d in _list(text, "dimensions")}
     if not (kept := tuple(d for d in DIMENSIONS if d in said)):
         raise Unusable(f"no known dimension: {text.strip()[:80]!r}")
     return replace(draft, dimensions=kept), notes
@@ -141,7 +141,7 @@ def read_weights(
     said, notes = _list(text, "points"), []
     if len(said) != len(draft.chosen):
         raise Unusable(f"{len(said)} weights for {len(draft.chosen)} statements")
-    points = [_points(p, notes.append) for p in said]
+    points = [read_points(p, notes.append) for p in said]
     if None in points: raise Unusable(f"a weight that is no number from -10 to 10 without 0: {said!r:.60}")
     notes += ["sign set by the candidate"] * sum(
         (p > 0) != (s > 0) for p, (_, s, _) in zip(points, draft.chosen)
@@ -173,8 +173,8 @@ def read_more(
     "Step 5: the criteria and what was added."
     said = read_json(text)[0][-1].get("criteria")
     if not isinstance(said, list): raise Unusable(f"no list criteria: {text.strip()[:80]!r}")
-    old, (found, repairs) = {_same(c.text) for c in draft.criteria}, mend(said)
-    new = tuple(c for c in found if _same(c.text) not in old)
+    old, (found, repairs) = {normalized(c.text) for c in draft.criteria}, mend(said)
+    new = tuple(c for c in found if normalized(c.text) not in old)
     return replace(draft, criteria=draft.criteria + new), [name for name, _ in repairs] + [
         "addition that is there already dropped"
     ] * (len(found) - len(new))
@@ -220,7 +220,7 @@ def construct(
     report: AskReport = None,# where to count
 ) -> tuple:                  # (list of `Rubric` in the sources' order, list of `Failure`); together every source once
     "Rubrics in five steps (section 2.2.2)."
-    drafts, fails = [Draft(s) for s in _distinct(sources)], []
+    drafts, fails = [Draft(s) for s in distinct_sources(sources)], []
     for step in STEPS:
         drafts, lost = run_step(model, step, drafts, sampling, retries, report)
         fails += lost

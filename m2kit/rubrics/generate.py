@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'WRITER', 'RUBRIC_SCHEMA', 'Source', 'record_text', 'persona_text', 'grade_of', 'excerpt', 'from_case',
-           'from_question', 'from_dialogue', 'sections', 'writing_prompt', 'mend', 'sound', 'read_rubric_reply',
-           'Failure', 'Generator', 'read_rows', 'read_source', 'read_sources', 'generate_file']
+           'from_question', 'from_dialogue', 'sections', 'writing_prompt', 'read_points', 'read_dimension',
+           'normalized', 'mend', 'sound', 'read_rubric_reply', 'Failure', 'Generator', 'distinct_sources', 'read_rows',
+           'read_source', 'read_sources', 'generate_file']
 
 # %% ../../nbs/rubrics/generate.ipynb #cell-4
 import json, re
@@ -204,7 +205,7 @@ RUBRIC_SCHEMA = _object_of(
 )
 
 # %% ../../nbs/rubrics/generate.ipynb #cell-25
-def _points(
+def read_points(
     value,       # whatever stands there
     note,        # called with the name of each repair
 ) -> int | None: # None: no points can be made out
@@ -222,7 +223,7 @@ def _points(
 
 _KNOWN = {d: d for d in DIMENSIONS}
 
-def _dimension(
+def read_dimension(
     value,       # whatever stands there
     note,        # called with the name of each repair
 ) -> tuple:      # (dimension or "", tags)
@@ -251,10 +252,10 @@ def _criterion(
     )
     if not (text := " ".join(text.split())): note("criterion without text dropped"); return None
     if (
-        points := _points(next((d[k] for k in ("points", "weight", "score") if k in d), None), note)
+        points := read_points(next((d[k] for k in ("points", "weight", "score") if k in d), None), note)
     ) is None:
         return None
-    dimension, extra = _dimension(d.get("dimension"), note)
+    dimension, extra = read_dimension(d.get("dimension"), note)
     tags = d.get("tags") if isinstance(d.get("tags"), list) else []
     return Criterion(
         points,
@@ -263,7 +264,11 @@ def _criterion(
         tuple(dict.fromkeys([*extra, *(t for t in tags if isinstance(t, str) and t)])),
     )
 
-def _same(text): return " ".join(re.findall(r"\w+", text.lower()))
+def normalized(
+    text: str,   # of a criterion
+) -> str:        # its words, in lower case
+    "What two wordings that differ in case and punctuation alone have in common."
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 def mend(
     entries,     # list: what should be criteria
@@ -273,10 +278,10 @@ def mend(
     for i, d in enumerate(entries, 1):
         def note(name): repairs.append((name, i))
         if (c := _criterion(d, note)) is None: continue
-        other = kept.setdefault(_same(c.text), c)
+        other = kept.setdefault(normalized(c.text), c)
         if other is None or other.positive != c.positive:
             note("contradiction dropped")
-            kept[_same(c.text)] = None
+            kept[normalized(c.text)] = None
         elif other is not c:
             note("duplicate dropped")
     return [c for c in kept.values() if c], repairs
@@ -307,7 +312,7 @@ def sound(
         )
     return Rubric(id, criteria), [name for name, _ in repairs]
 
-# %% ../../nbs/rubrics/generate.ipynb #cell-36
+# %% ../../nbs/rubrics/generate.ipynb #cell-34
 def read_rubric_reply(
     text: str,     # what the generator wrote
     id: str,       # the rubric's
@@ -326,7 +331,7 @@ def read_rubric_reply(
     )
     return rubric, [*more, *repairs]
 
-# %% ../../nbs/rubrics/generate.ipynb #cell-44
+# %% ../../nbs/rubrics/generate.ipynb #cell-37
 @dataclass(frozen=True)
 class Failure:
     "A source, or a row, for which there is no rubric."
@@ -350,8 +355,10 @@ class Generator:
             f" {self.report.asked})"
         )
 
-# %% ../../nbs/rubrics/generate.ipynb #cell-45
-def _distinct(sources):
+# %% ../../nbs/rubrics/generate.ipynb #cell-38
+def distinct_sources(
+    sources,     # an iterable of `Source`
+) -> list:       # the same
     "The sources as a list; a `UserError` for one that is none, or whose id is taken."
     sources, seen = list(sources), set()
     for i, s in enumerate(sources):
@@ -372,7 +379,7 @@ def generate(self: Generator,
     sources,       # of `Source`, each with an id of its own
 ) -> tuple:        # (list of `Rubric` in the sources' order, list of `Failure`); together they name every source once
     "A rubric for each source, and a reason for each that has none."
-    sources = _distinct(sources)
+    sources = distinct_sources(sources)
     values = ask_until(
         self.model,
         [writing_prompt(s) for s in sources],
@@ -388,7 +395,7 @@ def generate(self: Generator,
     ]
     return [v for v in values if not isinstance(v, Unusable)], fails
 
-# %% ../../nbs/rubrics/generate.ipynb #cell-50
+# %% ../../nbs/rubrics/generate.ipynb #cell-43
 def read_rows(
     rows,                  # of dicts {"id": ..., "criteria": [...]}, or of str, the JSON of one
     strict: bool = True,   # refuse what would need a repair; False repairs
@@ -425,7 +432,7 @@ def read_rows(
         seen[id] = n; good.append(rubric); repairs.update(named)
     return good, bad
 
-# %% ../../nbs/rubrics/generate.ipynb #cell-53
+# %% ../../nbs/rubrics/generate.ipynb #cell-46
 def read_source(
     row: dict,       # one row of a file
 ) -> Source:
@@ -451,7 +458,7 @@ def read_sources(
             bad.append(Failure(f"{path}:{n}", " ".join(str(e).split())[:160]))
     return good, bad
 
-# %% ../../nbs/rubrics/generate.ipynb #cell-54
+# %% ../../nbs/rubrics/generate.ipynb #cell-47
 def generate_file(
     model: ChatModel,          # who writes; `Logged` makes the run resumable
     path,                      # sources, .jsonl

@@ -14,7 +14,7 @@ from ..core.errors import UserError
 from ..core.files import json_values
 from ..core.run import fingerprint
 from ..core.stats import gap_interval, ratio_interval
-from ..lm.chat import FunctionModel, Sampling
+from ..lm.chat import FunctionModel, Sampling, check_dialogues
 from ..lm.pace import Patience, lanes, stream
 from .grade import FIELD, LMGrader, UNIFIED, UNIFIED_FIELD, grading_prompt
 from .reference import ClauseGrader, reference_rubric
@@ -45,10 +45,15 @@ def labelled_answers(
     return out
 
 # %% ../../nbs/rubrics/typed.ipynb #cell-9
+_LIST, _TEXT = (list, "a list"), (str, "a text")
+
 def _labelled(d):
     "One line of such a file."
     gone = {"conversation", "answer", "criteria", "met"} - set(d if isinstance(d, dict) else ())
     if gone: raise UserError(f"it lacks {', '.join(sorted(gone))}")
+    for k, (kind, name) in dict(conversation=_LIST, answer=_TEXT, criteria=_LIST, met=_LIST).items():
+        if not isinstance(d[k], kind): raise UserError(f"{k} is of type {type(d[k]).__name__}; give {name}")
+    check_dialogues([d["conversation"]])
     criteria = tuple(read_criterion(c) for c in d["criteria"])
     if len(d["met"]) != len(criteria) or not all(type(m) is bool for m in d["met"]):
         raise UserError(

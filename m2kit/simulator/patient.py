@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAFE', 'CONSULT', 'OPENING', 'WHY', 'TurnRecord', 'metered', 'PatientSimulator', 'Recited', 'rollouts', 'Scripted',
-           'Asked', 'ModelDoctor', 'as_doctor', 'Transcript', 'simulate', 'save_transcripts', 'load_transcripts']
+           'Asked', 'ModelDoctor', 'as_doctor', 'Transcript', 'simulate', 'save_transcripts', 'load_transcripts',
+           'open_simulator']
 
 # %% ../../nbs/simulator/patient.ipynb #cell-4
 import html
@@ -14,10 +15,11 @@ from functools import cache
 from pathlib import Path
 from fastcore.basics import patch
 from pydantic import TypeAdapter, ValidationError
-from ..core.errors import UserError
+from ..core.errors import UserError, markdown_text
 from ..core.files import text_lines
 from ..core.run import atomic_write
 from ..lm.chat import ChatModel, Completion, Sampling, check_dialogues
+from ..lm.open import open_model
 from .affect import END, MONOLITH, PATIENT, AffectiveUnit
 from .calls import Call, Trouble, drive, legible
 from .facts import FactualUnit, Settled, Step
@@ -521,18 +523,6 @@ def _repr_html_(self: Transcript) -> str:
     )
 
 # %% ../../nbs/simulator/patient.ipynb #cell-55
-def _plain(text: str) -> str:
-    "Text that means nothing to Markdown or HTML, on one line."
-    return " ".join(
-        html.escape(text, quote=False)
-        .replace("|", "\\|")
-        .replace("*", "\\*")
-        .replace("_", "\\_")
-        .replace("`", "\\`")
-        .replace("[", "\\[")
-        .split()
-    )
-
 @patch
 def _repr_markdown_(self: Transcript) -> str:
     rows = ["| | Doctor | Gate | Drafts | Patient |", "| --- | --- | --- | --- | --- |"]
@@ -540,7 +530,7 @@ def _repr_markdown_(self: Transcript) -> str:
         checks = [
             (
                 ", ".join(
-                    [f"{f.kind}: {_plain(f.span)}" for f in s.check.faults]
+                    [f"{f.kind}: {markdown_text(f.span)}" for f in s.check.faults]
                     + (["unreadable check"] if s.check.error else [])
                 )
                 or "clear"
@@ -549,20 +539,20 @@ def _repr_markdown_(self: Transcript) -> str:
             )
             for s in r.steps
         ]
-        drafts = [f"{_plain(s.text)} ({c}; {s.done})" for s, c in zip(r.steps, checks)] + [
-            _plain(str(x)) for x in r.troubles if x.kind != "unreadable"
+        drafts = [f"{markdown_text(s.text)} ({c}; {s.done})" for s, c in zip(r.steps, checks)] + [
+            markdown_text(x) for x in r.troubles if x.kind != "unreadable"
         ]
         gate = r.gate.trigger or ("unreadable" if r.gate.fault else "goes on" if "gate" in r.calls else "")
         rows.append(
-            f"| {i} | {_plain(r.doctor[:600])} | {gate} | {'<br>'.join(drafts)} |"
-            f" {_plain(r.reply or (END if r.ended else ''))} |"
+            f"| {i} | {markdown_text(r.doctor[:600])} | {gate} | {'<br>'.join(drafts)} |"
+            f" {markdown_text(r.reply or (END if r.ended else ''))} |"
         )
-    notes = [f"- {_plain(str(x))}" for x in self.notes]
+    notes = [f"- {markdown_text(x)}" for x in self.notes]
     return "\n".join(
         [
             (
-                f"**{_plain(self.script)}** and the doctor {_plain(self.doctor)}: {len(self.turns)}"
-                f" turns; {_plain(self.why)}."
+                f"**{markdown_text(self.script)}** and the doctor {markdown_text(self.doctor)}: {len(self.turns)}"
+                f" turns; {markdown_text(self.why)}."
             ),
             "",
             *rows,
@@ -596,3 +586,24 @@ def load_transcripts(
                 " mend or delete that line"
             ) from None
     return out
+
+# %% ../../nbs/simulator/patient.ipynb #cell-61
+def open_simulator(
+    model: str = "tiny:patient",  # plays the patient; a spec of `lm.open`
+    checker: str = "",            # keeps gate and facts; by default the tiny checker for the tiny patient, else the same model
+    log=None,                     # where calls are recorded, and found
+    seed: int = 0,                # of the patient's drafts
+    progress=None,                # progress(spec): who hears of a tiny model's training, see `open_model`
+) -> PatientSimulator:
+    "The three units over models that are named by specs."
+    spec = checker or ("tiny:checker" if model == "tiny:patient" else model)
+    tell = progress or (lambda s: None)
+    patient = open_model(model, log, tell(model))
+    other = patient if spec == model else open_model(spec, log, tell(spec))
+    checking = FactualUnit(other, at_once=1 if spec.startswith("tiny:") else None)     # see there
+    return PatientSimulator(
+        patient,
+        gate=other,
+        checker=checking,
+        sampling=Sampling(temperature=0.7, max_tokens=96, seed=seed),
+    )

@@ -45,7 +45,7 @@ class SimulatorPool:
     "A `PatientSimulator` in every process; `close()` or `with` ends them."
     def __init__(self,
         workers: int = 2,   # processes; as many as there are cores to spare
-        opener: str = "m2kit.service.consult:open_simulator", # "package.module:function", gives a `PatientSimulator`
+        opener: str = "m2kit.simulator.patient:open_simulator", # "package.module:function", gives a `PatientSimulator`
         **options,          # of that function: `model`, `checker`, `seed`, ...
     ):
         if type(workers) is not int or workers < 1:

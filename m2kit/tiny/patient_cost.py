@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from ..clinic.interview import doctor_turns
 from ..clinic.persona import draw_script
+from ..core.errors import choose
 from ..core.stats import gap_interval, times
 from ..infer.cost import Arm, as_batches
 from ..infer.kvcache import fp8_cache
@@ -18,6 +19,7 @@ from ..infer.quantize import Grid, quantize_model
 from ..infer.rotate import rotate, rounded_activations
 from ..lm.chat import Sampling
 from ..lm.local import LocalModel
+from ..lm.open import folder_of
 from ..simulator.affect import MONOLITH
 from ..simulator.fidelity import SCORES, closes_at, counts, exchanges, oracle
 from ..simulator.patient import PatientSimulator, simulate
@@ -46,39 +48,28 @@ def quantized_patient(
     return model, tokenizer
 
 # %% ../../nbs/tiny/patient_cost.ipynb #cell-9
+@torch.no_grad()
 def play(
-    arm: Arm,             # what is done
-    path: str,            # the patient's checkpoint
-    caches=(False,),      # without and with an FP8 cache
+    arm: dict,            # what is done: fields of `Arm`
+    patient: str,         # a model's spec, e.g. "tiny:patient" or a folder
+    caches=("float",),    # "float" and "fp8": without and with an FP8 cache
     dialogues: int = 60,  # consultations
     seed: int = 51,       # of scripts, doctors and the patient's draws
-) -> dict:                # cache -> per dialogue, `counts`
+) -> dict:                # cache -> per dialogue, the `counts` behind `SCORES`
     "What the simulator's scores are made of."
     torch.set_num_threads(1)
-    (model, tokenizer), rngs, out = (
-        quantized_patient(arm, path),
-        [random.Random(f"quantized {seed}, {i}") for i in range(dialogues)],
-        {},
-    )
+    arm, rngs = Arm(**arm), [random.Random(f"quantized {seed}, {i}") for i in range(dialogues)]
+    model, tokenizer = quantized_patient(arm, folder_of(patient))
     scripts = [draw_script(rng) for rng in rngs]
     doctors = [doctor_turns(s, rng) for s, rng in zip(scripts, rngs)]
+    local, out = LocalModel(model, tokenizer, batch_tokens=2**16), {}
     for cache in caches:
-        with rounded_activations(model, arm.activations), fp8_cache(model, on=bool(cache)):
-            sim = PatientSimulator(
-                LocalModel(model, tokenizer, batch_tokens=2**16),
-                None,
-                None,
-                MONOLITH,
-                True,
-                Sampling(temperature=1.0, max_tokens=64, seed=seed),
-            )
-            talks = simulate(scripts, doctors, sim)
-        out[cache] = [
-            counts(j)
-            for j in oracle(
-                [(s, exchanges(t, closes_at(d))) for s, t, d in zip(scripts, talks, doctors)]
-            )
-        ]
+        on = choose(cache, ("float", "fp8"), "cache") == "fp8"
+        with rounded_activations(model, arm.activations), fp8_cache(model, on=on):
+            sampling = Sampling(temperature=1.0, max_tokens=64, seed=seed)
+            talks = simulate(scripts, doctors, PatientSimulator(local, None, None, MONOLITH, True, sampling))
+        judged = oracle([(s, exchanges(t, closes_at(d))) for s, t, d in zip(scripts, talks, doctors)])
+        out[cache] = [{k: v for k, v in counts(j).items() if k in SCORES} for j in judged]
     return out
 
 def against(

@@ -501,6 +501,7 @@ def describe(
             )
             / total
         )
+    known = scores[~np.isnan(scores).all(1)]
     within = [np.corrcoef(s, l)[0, 1] for s, l in zip(scores, n) if s.std() > 0 and l.std() > 0]
     return dict(
         score=float(np.nanmean(scores)),
@@ -509,7 +510,7 @@ def describe(
         truncated=1 - ro.ended.float().mean().item(),
         gate=float((bonus > 0).any(1).mean()),
         paid=float((bonus > 0).mean()),
-        deviation=float(np.nanstd(scores, axis=1).mean()),
+        deviation=float(np.nanstd(known, axis=1).mean()) if len(known) else 0.0,
         score_length=float(np.mean(within)) if within else 0.0,
         unknown=float(np.isnan(scores).mean()),
         clauses=total / len(parts),

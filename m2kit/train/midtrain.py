@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'MID', 'kl_to', 'masked_kl', 'prompts_of', 'finish', 'probes', 'step_rows', 'midtrain_loss', 'Both',
-           'note_lesson', 'mid_settings', 'mid_step', 'midtrain_stage']
+           'note_lesson', 'mid_settings', 'mid_step', 'midtrain_stage', 'known_after']
 
 # %% ../../nbs/train/midtrain.ipynb #cell-4
 import random
@@ -16,6 +16,7 @@ from ..core.errors import UserError, choose
 from ..core.run import fingerprint
 from ..core.step import Step, made
 from ..lm.local import load_policy, save_checkpoint
+from ..lm.open import folder_of
 from .corpus import (
     general_facts, held_out, math_facts, medical_facts, mix, say, small_talk, taught, wordings)
 from .grpo import load_state, save_state
@@ -266,3 +267,13 @@ def midtrain_stage(
             step.finish(steps=step.config["steps"])
             (step.path/"state.safetensors").unlink(missing_ok=True)
     return step.path/"checkpoint"
+
+# %% ../../nbs/train/midtrain.ipynb #known-1
+def known_after(
+    start: str,         # spec of a base model: "tiny:base", or a folder
+    arm: dict=None,     # seed, and further arguments of `midtrain_stage`; None: the base model itself
+    n: int = 300,       # as for `probes`
+) -> dict:              # as `probes`
+    "Mid-train, and ask what the model knows."
+    path = folder_of(start)
+    return probes(*load_policy(midtrain_stage(str(path), **arm) if arm else path), n=n)
