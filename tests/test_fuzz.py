@@ -13,6 +13,11 @@ from m2kit.core.errors import UserError
 from m2kit.core.run import fingerprint
 from m2kit.core.files import json_values
 from m2kit.evaluate.healthbench import aggregate, read_rows
+from m2kit.evaluate.meta import read_judged
+from m2kit.evaluate.pairwise import LMPairJudge, run_pairwise
+from m2kit.evaluate.source import Source
+from m2kit.infer.serve import describe_plan, serve_plan
+from m2kit.lm.chat import FunctionModel
 from m2kit.lm.log import CallLog
 from m2kit.reproduce.cli import main
 from m2kit.rubrics.generate import read_sources
@@ -51,6 +56,10 @@ RUBRIC = dict(id="r1", criteria=[dict(points=5, text="Says rest", dimension="tre
 ROW = dict(prompt_id="p1", prompt=[dict(role="user", content="hm")], rubrics=[dict(criterion="Asks", points=5, tags=["axis:a"]), dict(criterion="Bleeds", points=-4, tags=[])], example_tags=["theme:t"],
            completion="Why?", verdicts=[dict(criteria_met=True, explanation=""), dict(criteria_met=None, explanation="?")], ideal_completions_data=dict(ideal_completion="x", ideal_completions_group="Group 1", ideal_completions_ref_completions=["y"]))
 LABELLED = dict(conversation=[dict(role="user", content="hi")], answer="a", criteria=[dict(points=5, text="x")], met=[True])
+PAIR = dict(id="c1", prompt=[dict(role="user", content="I cough.")])
+JUDGED = dict(prompt_id="p", prompt=[dict(role="user", content="hm")], completion="Why?", rubric="[5] Asks", binary_labels=[True, False], anonymized_physician_ids=["a", "b"], category="cluster:x")
+CONFIG = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=8, vocab_size=152064, max_position_embeddings=131072, tie_word_embeddings=False)
+SERVE = dict(model="Qwen2.5-32B", weights="W4A16", kv="fp8", context=20000, card="RTX 4090", requests=1, config=CONFIG)
 CALL = dict(key="k", model="m", messages=[dict(role="user", content="hi")], sampling={}, sample=0, text="a", prompt_tokens=1, completion_tokens=1, finish="stop")
 CALL["key"] = fingerprint(*(CALL[k] for k in ("model", "messages", "sampling", "sample")), n=32)
 CASE = json.loads(draw_script(random.Random(1)).case.dump())
@@ -126,7 +135,7 @@ def said(*words):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): status = main([str(w) for w in words])
     assert status in (0, 2) and all(line.isprintable() for line in (*out.getvalue().split("\n"), *err.getvalue().split("\n"))), (status, out.getvalue(), err.getvalue())
-    lines = [line for line in err.getvalue().splitlines() if "every command reads it so" not in line]
+    lines = [line for line in err.getvalue().splitlines() if "every command reads it so" not in line and "left out, since" not in line]
     assert len(lines) == (status == 2) and all(line.startswith("m2kit: ") for line in lines), (status, err.getvalue())
 
 
@@ -142,6 +151,22 @@ def scored(path):
     if rows: assert 0 <= aggregate(rows, bootstrap=2).get("overall_score", 0) <= 1
 
 
+def paired(path):
+    both = [FunctionModel(lambda m: "Drink.", name) for name in ("a", "b")]
+    judge = LMPairJudge(FunctionModel(lambda m: json.dumps(dict(explanation="x", winner="A")), "judge"))
+    run_pairwise(*both, judge, [row for _, row in json_values(path)])
+
+
+def judged(path):
+    source = Source(path)
+    for i in range(len(source)):
+        found, faults = read_judged(source, i)
+        for f in faults: one_line(f["fault"])
+
+
+def served(path): assert describe_plan(serve_plan(path))
+
+
 def logged(path):
     log = CallLog(path)
     for row in list(log.rows()): log.get(row["key"])
@@ -150,6 +175,7 @@ def logged(path):
 KINDS = dict(
     values=(json_values, ".json", [CASE, RUBRIC]), cases=(cases, ".json", [CASE, OSCE, NEJM, PROFILE]), bundles=(cases, ".json", [BUNDLE]), bulk=(cases, ".ndjson", RESOURCES),
     rubrics=(load_rubrics, ".jsonl", [RUBRIC]), rows=(scored, ".jsonl", [ROW]), labelled=(read_labelled, ".jsonl", [LABELLED]), sources=(read_sources, ".jsonl", [dict(id="q", text="What helps?"), dict(id="d", messages=[dict(role="user", content="hi")]), CASE]),
+    pairs=(paired, ".jsonl", [PAIR]), judged=(judged, ".jsonl", [JUDGED, ROW]), serving=(served, ".json", [SERVE, CONFIG]),
     transcripts=(load_transcripts, ".jsonl", [dict(script="x", doctor="y")]), logs=(logged, ".jsonl", [CALL]))
 
 
@@ -193,6 +219,7 @@ def test_commands_say_one_line_at_length(): commands(LONG)
 # What the long run has found, each once.
 AWKWARD = dict(
     cases=["{}", "[{}]", "[[]]", '{"a": {}}', "[null]"], bulk=["{}", "null", "[{}]"], bundles=["{}", '{"resourceType": "Bundle"}', '{"resourceType": "Bundle", "entry": []}'],
+    serving=[json.dumps(SERVE | dict(config=CONFIG | dict(max_position_embeddings=x))) for x in ("x", [], {}, 0, 1.5)], pairs=[json.dumps(PAIR | x) for x in (dict(id=[]), dict(id={}), dict(prompt=None), dict(prompt="x"), dict(prompt=[]))] + ["3", "[[1]]"],
     labelled=[json.dumps(LABELLED | {k: v}) for k in LABELLED for v in (None, {}, 3, "x", [None], [[]])])
 
 

@@ -9,7 +9,7 @@ DO_NOT = {"fig08", "table2", "speculation"}
 
 # Of the steps that exhibits rest on: what an edit of one file makes stale. The others must stay as they are.
 PLAY, EXAM, RUNS = "m2kit.tiny.play:", "m2kit.tiny.grader_exam:", "m2kit.evaluate.tiny_runs:"
-CONSULTED, ATTACKED, REFERENCE = PLAY + "consulted", PLAY + "attacked", PLAY + "reference_scores"
+CONSULTED, ATTACKED, REFERENCE = PLAY + "consulted", PLAY + "under_attack", PLAY + "reference_scores"
 EXAMINED, ASKED = "m2kit.tiny.rubric_exam:examined", EXAM + "asked_both_ways"
 TIMED, COUNTED = EXAM + "both_readings", EXAM + "tokens_to_read"
 BENCHMARKED, BEFORE_AFTER = RUNS + "benchmarked", RUNS + "before_after"

@@ -17,7 +17,7 @@ from ..core.errors import UserError
 from ..core.run import atomic_write
 from ..core.stats import ratio_interval, sign_test
 from .harness import final_answer
-from ..lm.chat import ChatModel, Completion, Sampling
+from ..lm.chat import ChatModel, Completion, Sampling, check_dialogues
 from ..lm.log import CallLog, Logged
 from ..rubrics.reference import ClauseGrader, reference_rubric
 from ..rubrics.rubric import Rubric
@@ -264,6 +264,9 @@ def clinic_pairs(
 
 def _checked_rows(rows, judge):
     if not rows: raise UserError("no rows to compare on; give one at least")
+    for i, r in enumerate(rows):
+        if not isinstance(r, dict) or not isinstance(r.get("id", ""), (str, int)):
+            raise UserError(f"row {i}: a row is a dict with id (text) and prompt (messages)")
     ids = Counter(r.get("id", i) for i, r in enumerate(rows))
     if twice := [i for i, n in ids.items() if n > 1]:
         raise UserError(
@@ -275,6 +278,7 @@ def _checked_rows(rows, judge):
             raise UserError(
                 f"row {r.get('id', i)} has no prompt; a row is a dict with id and prompt (messages)"
             )
+        check_dialogues([r["prompt"]])
         if isinstance(judge, OraclePairJudge) and "rubric" not in r:
             raise UserError(
                 f"row {r.get('id', i)} has no rubric, and the oracle needs the reference rubric;"

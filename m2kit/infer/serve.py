@@ -13,6 +13,7 @@ import json, math, shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.errors import UserError, choose, print_visible
+from ..core.files import read_text
 from ..lm.memory import (
     KV_BYTES, LAYOUTS, OVERHEAD, QWEN25_32B, Budget, Layout, config_dict, budget, card_bytes,
     card_named, decoder, max_length)
@@ -182,9 +183,9 @@ def _parse(path: Path) -> dict:
     import tomllib, yaml
     read = dict(toml=tomllib.loads, json=json.loads, yaml=yaml.safe_load, yml=yaml.safe_load)
     kind = choose(path.suffix[1:].lower(), read, "kind of config file (by its ending)")
-    try:
-        found = read[kind](path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as e:
+    text = read_text(path)
+    try: found = read[kind](text)
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
         raise UserError(f"{path}: not {kind.upper()} ({' '.join(str(e).split())[:100]})") from None
     if not isinstance(found, dict):
         raise UserError(
@@ -477,7 +478,7 @@ def serve_plan(
         a,
         b,
         _draft_part(c, a),
-        None if c.get("rope_scaling") else c.get("max_position_embeddings"),
+        None if c.get("rope_scaling") else _trained(c),
         notes=notes,
     )
     if plan.each:
@@ -493,11 +494,17 @@ def serve_plan(
     plan.notes += flag_notes(plan.commands)
     return plan
 
+def _trained(config: dict):
+    "Up to which length the model was trained; None where its config does not say."
+    n = config.get("max_position_embeddings")
+    if n is None or (isinstance(n, int) and n > 0): return n
+    raise UserError(f"config: max_position_embeddings is {n!r}; it must be a positive whole number")
+
 def _draft_part(config: dict, a: dict) -> tuple:
     "Bytes of the draft and of its cache per token, from its own config.json where there is one."
     if not a["draft"]: return 0, 0
     own = Path(a["draft"]).expanduser()/"config.json"
-    d = json.loads(own.read_text()) if own.exists() else {}
+    d = _parse(own) if own.exists() else {}
     if d and d.get("hidden_size") != config["hidden_size"]:
         raise UserError(
             f"{own}: hidden_size is {d.get('hidden_size')} and the model's {config['hidden_size']};"

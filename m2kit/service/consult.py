@@ -7,10 +7,11 @@ __all__ = ['HELP', 'Consultation', 'decisions', 'shown', 'hints', 'order', 'talk
            'widget']
 
 # %% ../../nbs/service/consult.ipynb #cell-3
-import sys
+import html, sys
 from pathlib import Path
 from ..core.errors import UserError, print_visible
 from ..core.stats import ratio_interval
+from .feedback import feedback, feedback_lines
 from ..simulator.fidelity import SCORES, counts, exchanges, leaks, oracle
 from ..simulator.patient import (
     PatientSimulator, Transcript, TurnRecord, load_transcripts, save_transcripts)
@@ -166,10 +167,12 @@ def typed(prompt="doctor>  "):
 def farewell(
     consultation: Consultation,
 ) -> list[str]:                 # lines
-    "How it ended, the scores, and the diagnosis."
+    "How it ended, how the patient did, the diagnosis, and how the doctor did."
     c, m = consultation, consultation.script.case.medical
-    out = ["", f"{len(c.turns)} turns; {c.transcript.why}.", f"scores: {shown(c.scores())}"]
+    out = ["", f"{len(c.turns)} turns; {c.transcript.why}.", f"the simulated patient: {shown(c.scores())}"]
     if m.condition: out.append(f"the script's diagnosis: {m.condition}")
+    if c.script.case.source == "synthetic" and c.turns:
+        out += ["", *feedback_lines(feedback(c.script, c.transcript.dialogue))]
     return out + ([f"transcript: {c.path}"] if c.path else [])
 
 def consult(
@@ -195,14 +198,11 @@ def page(
     consultation: Consultation,
     note: str = "",              # one line below the table
 ) -> str:                        # HTML
-    "The table of turns and the scores."
-    import html
-    table = (
-        consultation.transcript._repr_html_()
-        if consultation.turns
-        else f"<p>{html.escape(consultation.script.id)} waits for your first question.</p>"
-    )
-    return f"{table}<p><b>{html.escape(shown(consultation.scores()))}</b></p><p>{html.escape(note)}</p>"
+    "The table of turns and the scores; at the end, what became of it."
+    c = consultation
+    table = c.transcript._repr_html_() if c.turns else f"<p>{html.escape(c.script.id)} waits for your first question.</p>"
+    below = "\n".join(farewell(c)[1:]) if c.over else shown(c.scores())
+    return f"{table}<pre>{html.escape(below)}</pre><p>{html.escape(note)}</p>"
 
 def widget(
     consultation: Consultation,

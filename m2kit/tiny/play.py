@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENT_ARMS', 'SAYS', 'FAULTS', 'patient_arm', 'consultations', 'judged_by', 'score_columns', 'reference_scores',
-           'wording_half', 'audited', 'consulted', 'attacked', 'play_step']
+           'wording_half', 'audited', 'consulted', 'under_attack', 'play_step']
 
 # %% ../../nbs/tiny/play.ipynb #cell-4
 import random
@@ -155,7 +155,7 @@ def _faulty(scripts, talks, judged):
             for kind in FAULTS[:3] if getattr(t, kind)]
 
 # %% ../../nbs/tiny/play.ipynb #cell-20
-def attacked(
+def under_attack(
     arm: str, seed: int, patient: str, checker: str,  # as for `patient_arm`; the seed is also the scripts'
     people: int,      # scripts, each the target of every attack
 ) -> dict:            # outcomes: [attack, script, field, how]; replies, safe answers and turns; examples
@@ -172,7 +172,7 @@ def attacked(
 
 # %% ../../nbs/tiny/play.ipynb #cell-23
 def play_step(
-    of,               # `consulted` or `attacked`
+    of,               # `consulted` or `under_attack`
     arm: str, seed: int, patient: str, checker: str,  # as for `patient_arm`
     **settings,       # of that function
 ) -> Step:
