@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
-           'option', 'set_streams', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
+           'option', 'set_streams', 'print_aside', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
            'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
            'training', 'Unopened', 'seed_option', 'run_benchmark']
 
@@ -12,7 +12,7 @@ __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 
 import contextlib, io, sys
 from pathlib import Path
 import click
-from ..core.errors import UserError, visible
+from ..core.errors import UserError, print_visible, visible
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-5
 class Output(click.ParamType):
@@ -129,12 +129,19 @@ def set_streams():
         with contextlib.suppress(io.UnsupportedOperation):   # something was read already
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
 
+# %% ../../nbs/reproduce/cli.ipynb #a0377ae1
+def print_aside(
+    text,      # anything; its `str` is taken
+):
+    "Tell something beside the result, in one line."
+    print_visible(visible(text), sys.stderr)
+
 # %% ../../nbs/reproduce/cli.ipynb #cell-15
 def main(
     argv=None, # the words after `m2kit`; those of the command line by default
 ) -> int:
     "The command `m2kit`: 0 when all went well, 1 when something ran and failed, 2 for a wrong input, 130 when interrupted."
-    def wrong(message): print("m2kit:", visible(" ".join(message.split())), file=sys.stderr); return 2
+    def wrong(message): print_aside("m2kit: " + " ".join(message.split())); return 2
     set_streams()
     try:
         return commands.main(argv, prog_name="m2kit", standalone_mode=False) or 0
@@ -149,7 +156,7 @@ def main(
             raise
         return wrong(f"{where}: {e.strerror}; name another place with --out, or set M2KIT_RUNS")
     except click.Abort:
-        print("m2kit: interrupted; the same command goes on from here", file=sys.stderr)
+        print_aside("m2kit: interrupted; the same command goes on from here")
         return 130
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-19
@@ -265,7 +272,7 @@ def exhibits(scale, out):
         )
     bad = failed(scale=get_scale(scale).name)
     for name, label, files, verdicts, title in shelf(figures, bad):
-        print(f"{name:14} {label:9} {files:13} {title}" + (f"\n{'':38} {verdicts}" if verdicts else ""))
+        print_visible(f"{name:14} {label:9} {files:13} {title}" + (f"\n{'':38} {verdicts}" if verdicts else ""))
     print(counts_sentence(book_of(figures, bad)["counts"]))
     return 0
 
@@ -519,8 +526,8 @@ def check(files):
     for path in files:
         kind, n, notes = read_file(path)
         packed = "" if Path(path).is_dir() else packing(path)
-        if packed: print(visible(f"m2kit: {path}: {packed}; every command reads it so"), file=sys.stderr)
-        print(visible(f"{path}: {kind}, {n} read" + ("" if notes else ", all well")), *notes, sep="\n  ")
+        if packed: print_aside(f"m2kit: {path}: {packed}; every command reads it so")
+        print_visible("\n  ".join([visible(f"{path}: {kind}, {n} read" + ("" if notes else ", all well")), *notes]))
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-46
@@ -532,8 +539,9 @@ def score(file, seed):
     "Print what `m2kit.evaluate.healthbench.aggregate` gives, as JSON."
     import json
     from m2kit.evaluate.healthbench import aggregate, read_rows
-    rows = read_rows(file, repeated=lambda line: print(f"m2kit: {line}", file=sys.stderr))
-    print(json.dumps(aggregate(rows, seed=seed), indent=1))
+    again = []
+    print(json.dumps(aggregate(read_rows(file, repeated=again.append), seed=seed), indent=1))
+    if again: print_aside(f"m2kit: {again[0]}" + f", and {len(again) - 1} more"*(len(again) > 1))
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-50
@@ -638,7 +646,8 @@ def seed_option(
     LOG)
 def consult(case, number, condition, seed, model, checker, judge, save, log):
     "Talk in the terminal."
-    from m2kit.service.consult import Consultation, consult as talk, open_simulator
+    from m2kit.service.consult import Consultation, consult as talk
+    from m2kit.simulator.patient import open_simulator
     script = pick_script(case, number, condition, seed)
     consultation = Consultation(script, None, None, save)
     if judge:
@@ -745,8 +754,8 @@ def healthbench(**options):
         )
     result, text = run_benchmark(o)
     run = result["this_run"]
-    print(text)
-    print(
+    print_visible(text)
+    print_visible(
         f"in {run['folder']}, {run['seconds']:.0f} s, {run['asked']} calls made and {run['found']}"
         " found on record"
     )
@@ -800,8 +809,8 @@ def rubrics(model, sources, out, constrain, max_tokens, retries, log):
         raise UserError(f"{sources}: no sources in it; write one JSON object a line")
     writer = Unopened(model, log, training(model))
     written, failures, report = generate_file(writer, sources, out, constrain, max_tokens, retries)
-    for f in failures: print(f"  {f}", file=sys.stderr)
-    print(f"{written} rubrics in {out}; {len(failures)} sources without one")
+    for f in failures: print_aside(f"  {f}")
+    print_visible(f"{written} rubrics in {out}; {len(failures)} sources without one")
     return 1 if failures else 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-71
@@ -836,10 +845,9 @@ def agreement(generated, experts, referee, log, seed):
 def ladder(stages, start, seed, no_scores):
     "Run the stages and print a row each."
     from m2kit.tiny.ladder import ladder as run
-    tell = lambda line: print(line, file=sys.stderr)
-    for r in run(stages, seed, start, tell=tell, **dict(n=0) if no_scores else {}):
+    for r in run(stages, seed, start, tell=print_aside, **dict(n=0) if no_scores else {}):
         scores = "".join(f"  {k} {r[k]:.2f}" for k in ("score", "diagnosis", "fact_finding") if k in r)
-        print(f"{r['stage']:10}{r['cpu']:6.0f} s{scores}  {r['path']}")
+        print_visible(f"{r['stage']:10}{r['cpu']:6.0f} s{scores}  {r['path']}")
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-74
@@ -869,8 +877,8 @@ def pairwise(first, second, judge, rows, n, max_tokens, seed, out):
     referee = OraclePairJudge() if judge == "oracle" else LMPairJudge(Unopened(judge))
     compared = run_pairwise(
         Unopened(first), Unopened(second), referee, read if rows else clinic_pairs(n), out,
-        Sampling(max_tokens=max_tokens, seed=seed), (first, second), tell=lambda t: print(t, file=sys.stderr))
-    print(compared.table().to_string())
+        Sampling(max_tokens=max_tokens, seed=seed), (first, second), tell=print_aside)
+    print_visible(compared.table().to_string())
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-75
@@ -885,7 +893,7 @@ def pairwise(first, second, judge, rows, n, max_tokens, seed, out):
 def recipes(out, cards, per_node, model, family):
     "Write them."
     from m2kit.train.configs import write_recipes
-    for p in write_recipes(out, cards, per_node, model, family): print(p)
+    for p in write_recipes(out, cards, per_node, model, family): print_visible(p)
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #as-module-2
