@@ -219,6 +219,7 @@ def test_commands_say_one_line_at_length(): commands(LONG)
 # What the long run has found, each once.
 AWKWARD = dict(
     cases=["{}", "[{}]", "[[]]", '{"a": {}}', "[null]"], bulk=["{}", "null", "[{}]"], bundles=["{}", '{"resourceType": "Bundle"}', '{"resourceType": "Bundle", "entry": []}'],
+    serving=[json.dumps(SERVE | dict(config=CONFIG | dict(max_position_embeddings=x))) for x in ("x", [], {}, 0, 1.5)], pairs=[json.dumps(PAIR | x) for x in (dict(id=[]), dict(id={}), dict(prompt=None), dict(prompt="x"), dict(prompt=[]))] + ["3", "[[1]]"],
     labelled=[json.dumps(LABELLED | {k: v}) for k in LABELLED for v in (None, {}, 3, "x", [None], [[]])])
 
 

@@ -478,7 +478,7 @@ def serve_plan(
         a,
         b,
         _draft_part(c, a),
-        None if c.get("rope_scaling") else c.get("max_position_embeddings"),
+        None if c.get("rope_scaling") else _trained(c),
         notes=notes,
     )
     if plan.each:
@@ -493,6 +493,12 @@ def serve_plan(
         )
     plan.notes += flag_notes(plan.commands)
     return plan
+
+def _trained(config: dict):
+    "Up to which length the model was trained; None where its config does not say."
+    n = config.get("max_position_embeddings")
+    if n is None or (isinstance(n, int) and n > 0): return n
+    raise UserError(f"config: max_position_embeddings is {n!r}; it must be a positive whole number")
 
 def _draft_part(config: dict, a: dict) -> tuple:
     "Bytes of the draft and of its cache per token, from its own config.json where there is one."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_ATTACK', 'ORDER', 'ASKED', 'BY_WORDS', 'BY_SECTIONS', 'BY_CONTROL', 'BY_DISTANCE', 'ATTACKS_ON_GRADERS',
-           'GraderAttack', 'reply_for', 'attack_grader', 'questions_against', 'outcomes', 'SpelledAsOne', 'foreign',
+           'GraderAttack', 'reply_for', 'with_attack', 'questions_against', 'outcomes', 'SpelledAsOne', 'foreign',
            'measure_attacks', 'attacks_on']
 
 # %% ../../nbs/rubrics/inject.ipynb #cell-3
@@ -64,7 +64,7 @@ def reply_for(
     why = f"looked for {criterion.tags[0].split(':', 2)[2]}: {said}"
     return json.dumps({"explanation": why, field_of(criterion): criterion.positive})
 
-def attack_grader(
+def with_attack(
     answer: str,            # the candidate's
     criterion: Criterion,   # what will be asked
     attack: str,            # with places to fill
@@ -97,7 +97,7 @@ def outcomes(
     attack: str = "",     # behind each answer; "" is none
 ) -> list[str]:           # "against", "for" or "unknown"
     "What becomes of the verdicts."
-    items = [(talk, attack_grader(text, c, attack) if attack else text, [c]) for talk, text, c in questions]
+    items = [(talk, with_attack(text, c, attack) if attack else text, [c]) for talk, text, c in questions]
     told = {True: "for", False: "against", None: "unknown"}
     return [told[v.met if v.met is None else v.met is c.positive]
             for (_, _, c), (v,) in zip(questions, grader.grade(items))]
@@ -142,7 +142,7 @@ def measure_attacks(
             seen = outcomes(grader, asked, a.text)
             moved.setdefault(when, {})[a.name] = {o: seen.count(o) for o in ("for", "unknown")}
             tokens.setdefault(when, {})[a.name] = max(
-                foreign(model.spell, ways["after"].texts, attack_grader("", c, a.text)) for *_, c in asked)
+                foreign(model.spell, ways["after"].texts, with_attack("", c, a.text)) for *_, c in asked)
             tell(f"{when}, {a.name}: {moved[when][a.name]} of {len(asked)}")
     return dict(asked=len(asked), misjudged=len(questions) - len(asked), moved=moved, foreign=tokens)
 
