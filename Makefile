@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test test-all lab check chapters export readme _readme clean
+.PHONY: help reproduce outputs site test test-all lab check chapters export readme _readme _convert clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,12 @@ help: ## list what there is to make
 reproduce: $(VENV)/.train ## redo the figures and tables into figures/, with figures/report.html (ARGS="--only table2" for some of them)
 	$(BIN)/m2kit reproduce $(ARGS)
 
+outputs: $(VENV)/.train ## put what the last `make reproduce` showed into the notebooks
+	$(BIN)/m2kit outputs $(ARGS)
+
+site: $(VENV)/.site ## the book as pages in _docs/, with search, offline: chapters, exhibits, claims, API
+	$(BIN)/m2kit site $(ARGS)
+
 # Tests and chapters run in as many processes as there are cores; one that has nothing left takes over half of what waits in another.
 PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal --durations 20 --durations-min 5
 
@@ -38,8 +44,11 @@ test-all: $(VENV)/.all ## all of it, for an hour or more: what is slow and long 
 chapters: $(VENV)/.test ## run every chapter as its own test (exhibits are run by reproduce)
 	$(PYTEST) tests/test_chapters.py $(ARGS)
 
-lab: $(VENV)/.lab $(VENV)/.hooks ## open the book in JupyterLab
-	$(BIN)/jupyter lab nbs $(ARGS)
+# Served from the top, so that pictures and links of a notebook are within reach; without the pop-up about news.
+lab: $(VENV)/.lab $(VENV)/.hooks ## open the book in JupyterLab, on its index
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(VENV)/share/jupyter/lab/settings/overrides.json
+	$(BIN)/jupyter lab nbs/index.ipynb $(ARGS)
 
 export: $(VENV)/.lab ## after editing notebooks: write m2kit/, clean the notebooks, write README.md
 	$(BIN)/nbdev_export
@@ -49,13 +58,18 @@ export: $(VENV)/.lab ## after editing notebooks: write m2kit/, clean the noteboo
 readme: $(VENV)/.base ## write README.md from nbs/index.ipynb
 	@$(MAKE) --no-print-directory _readme
 
-# Paths in the index are seen from nbs/, those in the README from the top.
+# What came out, and the path, are written from ledger and notebooks. Paths in the index are seen from nbs/, those in the README from the top.
 _readme:
-	@$(BIN)/python -m nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's#(\(|")\.\./#\1#g' > $(README).tmp
+	@$(BIN)/python -c "from m2kit.reproduce.site import write_front; write_front()"
+	@$(MAKE) --no-print-directory _convert
+
+CONVERT = $(BIN)/python -m nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide
+_convert:
+	@$(CONVERT) nbs/index.ipynb | sed -E 's#(\(|")\.\./#\1#g' > $(README).tmp
 	@mv $(README).tmp $(README)
 
 clean: ## remove what was built, not what was computed: .venv, _proc, _docs
-	rm -rf $(VENV) _proc _docs build *.egg-info
+	rm -rf $(VENV) _proc _docs ._docs.work build *.egg-info
 
 # A stamp is the last thing a set-up writes, so one that was interrupted is done again. What a larger set-up contains counts as done.
 SOURCES := settings.ini constraints.txt setup.py pyproject.toml
@@ -76,19 +90,23 @@ $(VENV)/.lab: $(SOURCES) | $(VENV)/.python
 	$(INSTALL) '.[dev]'
 	@touch $(VENV)/.base $@
 
+$(VENV)/.site: $(SOURCES) | $(VENV)/.python
+	$(INSTALL) '.[site]'
+	@touch $(VENV)/.base $@
+
 $(VENV)/.train: $(SOURCES) | $(VENV)/.python
 	@echo "Installing what the exhibits need into $(VENV): some minutes, once."
 	$(INSTALL) '.[train]'
 	@touch $(VENV)/.base $@
 
 $(VENV)/.test: $(SOURCES) | $(VENV)/.python
-	$(INSTALL) '.[dev,train,fhir]'
-	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $@
+	$(INSTALL) '.[dev,train,fhir,site]'
+	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $(VENV)/.site $@
 
 # Ray too, for evidence on many machines.
 $(VENV)/.all: $(SOURCES) | $(VENV)/.python
-	$(INSTALL) '.[dev,train,fhir,cluster]'
-	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $(VENV)/.test $@
+	$(INSTALL) '.[dev,train,fhir,cluster,site,browser]'
+	@touch $(VENV)/.base $(VENV)/.lab $(VENV)/.train $(VENV)/.site $(VENV)/.test $@
 
 # Git then merges notebooks cell by cell. The hooks call nbdev from this .venv, which need not be active.
 $(VENV)/.hooks: $(VENV)/.lab

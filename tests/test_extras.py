@@ -25,7 +25,7 @@ def test_every_line_is_one_exact_version():
     assert len(PINS) == len(LINES), "a package is pinned twice"
 
 def test_the_extras_are_those_promised():
-    assert set(EXTRAS) == {"base", "train", "gpu", "fhir", "dev", "cluster"}
+    assert set(EXTRAS) == {"base", "train", "gpu", "fhir", "dev", "cluster", "site", "browser"}
 
 @pytest.mark.parametrize("extra, requirement", [(e, r) for e, rs in EXTRAS.items() for r in rs])
 def test_requirement_is_pinned_within_its_range(extra, requirement):
@@ -55,7 +55,7 @@ def test_pins_agree_with_each_other():
 @pytest.mark.skipif(os.environ.get("M2KIT_NETWORK") == "0", reason="M2KIT_NETWORK=0")
 @pytest.mark.skipif(sys.platform != "linux", reason="the GPU packages are for Linux")
 def test_all_extras_resolve_together(tmp_path):
-    cmd = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--retries", "1", "--report", tmp_path/"r.json", "-c", "constraints.txt", ".[train,gpu,fhir,dev]"]
+    cmd = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--retries", "1", "--report", tmp_path/"r.json", "-c", "constraints.txt", ".[train,gpu,fhir,dev,site,browser]"]
     start, r = time.time(), subprocess.run([str(c) for c in cmd], cwd=ROOT, capture_output=True, text=True)
     offline = re.search(r"NewConnectionError|NameResolutionError|ConnectTimeout|Failed to establish a new connection|ProxyError", r.stderr)
     if r.returncode and offline and "ResolutionImpossible" not in r.stderr: pytest.skip("no package index within reach")

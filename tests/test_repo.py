@@ -6,12 +6,15 @@ that is not there. `python tests/test_repo.py` takes out what is mended.
 import ast, collections, json, os, re, shutil, subprocess, sys, tomllib
 from pathlib import Path
 import pytest
+from m2kit.reproduce.outputs import kept_outputs, output_bytes
+from m2kit.reproduce.site import repo_links
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 TOP = {"nbs", "m2kit", "settings.ini", "data", "figures", "tests", "README.md",                        # the book
-       "Makefile", "pyproject.toml", "setup.py", "LICENSE", "constraints.txt", ".gitattributes", ".gitignore", ".ci"}  # the usual small files
+       "Makefile", "pyproject.toml", "setup.py", "LICENSE", "constraints.txt", ".gitattributes", ".gitignore", ".ci",  # the usual small files
+       "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md", "environment.yml", ".github"}
 ids = lambda p: str(p.relative_to(ROOT))
 
 def sh(*cmd, cwd=ROOT):
@@ -44,7 +47,7 @@ def test_notebooks_are_clean(copy):
     assert NOTEBOOKS and not dirty, f"nbdev_clean changes {dirty}; run: make export"
 
 def test_readme_is_the_index(tmp_path):
-    sh("make", "-s", "_readme", f"README={tmp_path/'README.md'}", f"BIN={BIN}")
+    sh("make", "-s", "_convert", f"README={tmp_path/'README.md'}", f"BIN={BIN}")
     assert (ROOT/"README.md").read_text(encoding="utf-8") == (tmp_path/"README.md").read_text(encoding="utf-8"), "README.md is not nbs/index.ipynb; run: make readme"
 
 def test_top_level():
@@ -61,10 +64,27 @@ def test_notebook_opens_with_title_and_blockquote(path):
     lines = [l for l in "".join(first["source"]).splitlines() if l.strip()]
     assert first["cell_type"] == "markdown" and len(lines) > 1 and lines[0].startswith("# ") and lines[1].startswith("> "), "a notebook opens with an H1 and a one-line blockquote"
 
+# Outputs are committed, small: `m2kit outputs` takes them from the run that redoes the book. Bytes: of one notebook, of all of them.
+MOST, ALL = 400_000, 12_000_000
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
-def test_notebook_has_no_outputs(path):
-    code = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-    assert not [c for c in code if c["outputs"] or c["execution_count"]], "clear the outputs: they belong in figures/"
+def test_outputs_are_small_and_neutral(path):
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    code = [c for c in nb["cells"] if c["cell_type"] == "code"]
+    assert not [c for c in code if c["execution_count"]], "clear the counts: make export"
+    assert output_bytes(nb) <= MOST, f"{output_bytes(nb):,} bytes of outputs: show less, or a smaller picture"
+    mine = [c["outputs"] for c in code if kept_outputs(c["outputs"], pictures=False) != c["outputs"]]
+    assert not mine, f"not as m2kit outputs leaves them (stderr, a folder of this machine, a long text): {str(mine)[:500]}"
+
+def test_all_outputs_together_are_small():
+    sizes = {ids(p): output_bytes(json.loads(p.read_text(encoding="utf-8"))) for p in NOTEBOOKS}
+    assert sum(sizes.values()) <= ALL, sorted(sizes.items(), key=lambda s: -s[1])[:10]
+
+def test_links_of_notebooks_lead_somewhere():
+    cells = [(p, "".join(c["source"])) for p in NOTEBOOKS for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+    linked = [(ids(p), f) for p, text in cells for f in repo_links(text, str(p.parent.relative_to(ROOT)))]
+    lost = [l for l in linked if not (ROOT/l[1]).exists() and not l[1].startswith("figures/")]      # figures come from a run
+    assert len(linked) > 100 and not lost, lost
 
 def unsafe(tree):
     "What could run code from a downloaded file: pickle, torch.load, trust_remote_code."
@@ -83,7 +103,7 @@ def test_nothing_unpickles_or_trusts_remote_code():
 ROOMS = "reproduce service evaluate tiny infer train rubrics simulator knowledge clinic lm core".split()
 # Packages that a function may import when it is called: they take long to load, or come with an extra.
 HEAVY = set("torch transformers PIL cycler httpx2 nbdev tokenizers safetensors numpy pandas matplotlib scipy IPython huggingface_hub papermill nbconvert nbformat ipywidgets rich jinja2 psutil openai "
-            "packaging accelerate bitsandbytes compressed_tensors datasets fastapi fhir peft ray sklearn starlette trl unsloth uvicorn verl vllm yaml".split())
+            "sphinx docutils packaging accelerate bitsandbytes compressed_tensors datasets fastapi fhir peft ray sklearn starlette trl unsloth uvicorn verl vllm yaml".split())
 LONG = 140      # characters of a line of code
 
 def modules():

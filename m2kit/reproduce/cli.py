@@ -213,6 +213,28 @@ def replay(names, certify):
     from m2kit.reproduce.replay import replay_all
     return 0 if replay_all(click.echo, names, certify) else 1
 
+# %% ../../nbs/reproduce/cli.ipynb #outputs-command
+@command("Put what the last run showed into the notebooks, small enough for git.", """
+    m2kit outputs                           after m2kit reproduce: every notebook, and the index
+    m2kit outputs --only lm/chat,fig05      of these""",
+    option("--only", metavar="NAMES", help="Exhibits, or chapters as FOLDER/NAME, with commas between them."))
+def outputs(only):
+    "The exit status: 1 where a notebook has not run as it is now."
+    from m2kit.reproduce.outputs import write_outputs
+    _, behind = write_outputs(names_of(only), tell=click.echo)
+    if behind: click.echo(f"not run as they are now: {', '.join(behind)}; first: m2kit reproduce")
+    return 1 if behind else 0
+
+@command("Build the site from the notebooks as they are: chapters, exhibits, claims, API, search.", """
+    m2kit site                              into _docs/; open _docs/index.html
+    m2kit site --out elsewhere              into another folder""",
+    option("--out", type=Output(folder=True), metavar="DIR", help="The folder; by default _docs/ of the repository."))
+def site(out):
+    "The exit status."
+    from m2kit.reproduce.site import build_site
+    click.echo(f"open {build_site(out, tell=click.echo)}")
+    return 0
+
 # %% ../../nbs/reproduce/cli.ipynb #cell-26
 def shelf(
     figures,    # the folder of figures
