@@ -100,25 +100,35 @@ def test_a_step_interrupted_at_its_last_line(tmp_path):
     assert "damaged; delete the folder" in one_line(lambda: s.done)
 
 def test_two_processes_on_one_step(tmp_path):
-    go = tmp_path/"go"
     code = f"""import sys, time
 from pathlib import Path
 from m2kit.core.step import Step
-s = Step("toy", dict(n=1), "{GROW}", base=r"{tmp_path}")
-with s.work(lambda line: print(line, flush=True)):
+s, waits = Step("toy", dict(n=1), "{GROW}", base=r"{tmp_path}"), Path(r"{tmp_path}", "waits")
+def tell(line): print(line, flush=True); waits.touch()
+with s.work(tell):
     if s.own is None:
         print("computes", flush=True)
-        while not Path(r"{go}").exists(): time.sleep(.05)
+        while not waits.exists(): time.sleep(.05)          # until the other one is at the door
         s.finish(by=sys.argv[1])
 print(s.done["by"])"""
-    first, second = (subprocess.Popen([sys.executable, "-c", code, n], stdout=subprocess.PIPE, text=True) for n in ("first", "second"))
-    lines = {first.stdout.readline(): first, second.stdout.readline(): second}     # whichever came first computes
-    waiting = next(line for line in lines if line.startswith("another process is at work on toy-"))
-    assert "computes\n" in lines and len(lines) == 2
-    go.touch()
-    ends = {p.stdout.read() for p in lines.values()}
-    assert len(ends) == 1 and ends <= {"first\n", "second\n"} and waiting
-    assert first.wait() == 0 and second.wait() == 0
+    first = subprocess.Popen([sys.executable, "-c", code, "first"], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "computes\n"
+    second = subprocess.run([sys.executable, "-c", code, "second"], capture_output=True, text=True, timeout=120)
+    assert first.wait() == 0 and second.returncode == 0, second.stderr
+    assert "another process is at work on toy-" in second.stdout and second.stdout.endswith("first\n") and "computes" not in second.stdout
+
+def test_what_was_asked_for_is_noted_with_what_it_used(tmp_path, monkeypatch):
+    log = tmp_path/"log.jsonl"
+    monkeypatch.setenv("M2KIT_STEPS_LOG", str(log))
+    inner = finished(tmp_path, 2)
+    outer = step(tmp_path, 3)
+    with outer.work():
+        assert inner.done and outer.own is None
+        outer.finish(score=inner.done["score"])
+    never = step(tmp_path, 4).done
+    assert never is None and {l["name"]: l["standing"] for l in asked()} == {inner.name: "fresh", outer.name: "fresh"}
+    assert outer.record_of()["uses"] == [inner.name]
+    assert made(inner.path/"checkpoint").name == inner.name
 
 
 def test_the_shipped_models_are_small():
