@@ -136,10 +136,9 @@ def test_the_commands_of_a_windows_reader(windows):
 def test_a_consultation_on_windows(windows):
     "Questions typed into a file are UTF-8; another code page is told, and so is UTF-16."
     said = "What brings you here, Señora 家?\r\nGoodbye.\r\n"
-    for codec in ("utf-8", "utf-8-sig"):
-        status, text = windows("consult", "--condition", "gout", "--save", windows.place/f"talk {codec}.jsonl", input=said.encode(codec))
-        assert status == 0 and "the script's diagnosis: gout" in text, text
-        assert "Señora 家?" in (windows.place/f"talk {codec}.jsonl").read_text(encoding="utf-8")
+    status, text = windows("consult", "--condition", "gout", "--save", windows.place/"talk ü.jsonl", input=said.encode("utf-8-sig"))
+    assert status == 0 and "the script's diagnosis: gout" in text, text
+    assert "Señora 家?" in (windows.place/"talk ü.jsonl").read_text(encoding="utf-8")
     for codec in ("cp1252", "utf-16"):
         status, text = windows("consult", "--condition", "gout", input="Señora?\r\n".encode(codec))
         assert status == 2 and text.splitlines()[-1].startswith("m2kit: standard input: not UTF-8") and "Traceback" not in text, text

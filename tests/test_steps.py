@@ -2,6 +2,7 @@
 import json, os, subprocess, sys
 import pytest
 from m2kit.core.errors import UserError
+from m2kit.core.run import data_dir
 from m2kit.core.step import Step, asked, keep_records, made, records, ship, shipped
 
 GROW = "m2kit.core.run:fingerprint"    # any function of the package
@@ -100,14 +101,19 @@ def test_a_step_interrupted_at_its_last_line(tmp_path):
 
 def test_two_processes_on_one_step(tmp_path):
     code = f"""import sys, time
+from pathlib import Path
 from m2kit.core.step import Step
-s = Step("toy", dict(n=1), "{GROW}", base=r"{tmp_path}")
-with s.work(lambda line: print(line, flush=True)):
-    if s.own is None: print("computes", flush=True); time.sleep(4); s.finish(by=sys.argv[1])
+s, waits = Step("toy", dict(n=1), "{GROW}", base=r"{tmp_path}"), Path(r"{tmp_path}", "waits")
+def tell(line): print(line, flush=True); waits.touch()
+with s.work(tell):
+    if s.own is None:
+        print("computes", flush=True)
+        while not waits.exists(): time.sleep(.05)          # until the other one is at the door
+        s.finish(by=sys.argv[1])
 print(s.done["by"])"""
     first = subprocess.Popen([sys.executable, "-c", code, "first"], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "computes\n"
-    second = subprocess.run([sys.executable, "-c", code, "second"], capture_output=True, text=True)
+    second = subprocess.run([sys.executable, "-c", code, "second"], capture_output=True, text=True, timeout=120)
     assert first.wait() == 0 and second.returncode == 0, second.stderr
     assert "another process is at work on toy-" in second.stdout and second.stdout.endswith("first\n") and "computes" not in second.stdout
 
@@ -123,3 +129,8 @@ def test_what_was_asked_for_is_noted_with_what_it_used(tmp_path, monkeypatch):
     assert never is None and {l["name"]: l["standing"] for l in asked()} == {inner.name: "fresh", outer.name: "fresh"}
     assert outer.record_of()["uses"] == [inner.name]
     assert made(inner.path/"checkpoint").name == inner.name
+
+
+def test_the_shipped_models_are_small():
+    "Git keeps every copy of them."
+    assert sum(p.stat().st_size for p in (data_dir()/"tiny").rglob("*") if p.is_file()) < 10e6
