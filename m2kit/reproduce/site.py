@@ -9,7 +9,8 @@ __all__ = ['PATH', 'LINK', 'CODE', 'SITE_CSS', 'room_of', 'in_order', 'path_of',
            'finding_text', 'claims_page', 'comments_of', 'params_of', 'returns_of', 'as_rst', 'signature',
            'function_rst', 'class_rst', 'module_rst', 'api_page', 'front_summary', 'front_path', 'filled_in',
            'write_front', 'toc', 'first_lines', 'room_page', 'map_page', 'front_page', 'write_sources', 'mathml',
-           'setup', 'Page', 'read_page', 'broken_links', 'settings_for_sphinx', 'copy_figures', 'build_site']
+           'setup', 'Page', 'read_page', 'broken_links', 'settings_for_sphinx', 'copy_figures', 'name_toggles',
+           'build_site']
 
 # %% ../../nbs/reproduce/site.ipynb #cell-3
 import ast, html, io, json, os, re, shutil, tokenize
@@ -543,7 +544,7 @@ html[data-theme="light"] .m2-refuted { color: #a63d00 } html[data-theme="dark"] 
 @media (max-width: 40rem) { .m2-ledger thead { display: none } .m2-ledger tr, .m2-ledger td { display: block;
   border: 0; padding: .2rem 0 }
   .m2-ledger tr { border-bottom: 1px solid var(--pst-color-border); padding: .6rem 0 } }
-math[display="block"] { overflow-x: auto; padding: .3rem 0 } article table { display: block; overflow-x: auto }
+.m2-math { overflow-x: auto; padding: .3rem 0 } article table { display: block; overflow-x: auto }
 .m2-ledger { display: table !important }
 @media print { .bd-header, .bd-sidebar-primary, .bd-sidebar-secondary, .prev-next-footer, .bd-footer, .m2-map,
   .header-article { display: none !important }
@@ -570,7 +571,8 @@ def setup(
     def visit(block):
         def write(self, node):
             from docutils.nodes import SkipNode
-            self.body.append(mathml(node.astext(), block))
+            drawn = mathml(node.astext(), block)            # a long one scrolls, with the keyboard too
+            self.body.append(f'<div class="m2-math" tabindex="0">{drawn}</div>' if block else drawn)
             raise SkipNode
         return write
     app.add_html_math_renderer("mathml", inline_renderers=(visit(False), None), block_renderers=(visit(True), None))
@@ -646,6 +648,15 @@ def copy_figures(
     for p in Path(figures).iterdir():
         if p.suffix in (".png", ".svg", ".json", ".html"): shutil.copy(p, out)
 
+def name_toggles(
+    out,              # the folder of the site
+):
+    "Give the theme's buttons that open a room in the sidebar a name for those who cannot see them."
+    bare = '<summary><span class="toctree-toggle"'
+    for page in Path(out).rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        if bare in text: atomic_write(page, text.replace(bare, bare.replace("<summary>", '<summary aria-label="its chapters">')))
+
 def build_site(
     out=None,         # the folder of the site; `_docs/` by default, made anew
     figures=None,     # the folder of figures; `figures/` by default
@@ -669,6 +680,7 @@ def build_site(
     app.build(force_all=True)
     (out/"figures").mkdir(exist_ok=True)
     copy_figures(figures, out/"figures")
+    name_toggles(out)
     shutil.rmtree(work)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).replace(str(work/"source") + "/", "")
     wrong = [l for l in plain.splitlines() if "WARNING" in l or "ERROR" in l] + broken_links(out)
