@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding)
 from ..core.errors import UserError
-from .speedup import acceptance_of
+from .acceptance import acceptance_of
 
 # %% ../../nbs/infer/speculate.ipynb #cell-8
 def pick(

@@ -9,7 +9,8 @@ __all__ = ['PATH', 'LINK', 'CODE', 'SITE_CSS', 'room_of', 'in_order', 'path_of',
            'finding_text', 'claims_page', 'comments_of', 'params_of', 'returns_of', 'as_rst', 'signature',
            'function_rst', 'class_rst', 'module_rst', 'api_page', 'front_summary', 'front_path', 'filled_in',
            'write_front', 'toc', 'first_lines', 'room_page', 'map_page', 'front_page', 'write_sources', 'mathml',
-           'setup', 'Page', 'read_page', 'broken_links', 'settings_for_sphinx', 'copy_figures', 'build_site']
+           'setup', 'Page', 'read_page', 'broken_links', 'settings_for_sphinx', 'copy_figures', 'name_toggles',
+           'build_site']
 
 # %% ../../nbs/reproduce/site.ipynb #cell-3
 import ast, html, io, json, os, re, shutil, tokenize
@@ -331,7 +332,7 @@ def as_rst(
 ) -> str:
     "A line of text for reStructuredText: code in backticks stays code, everything else is plain."
     parts = re.split(r"`([^`]+)`", text)
-    plain = lambda p: re.sub(r"([\\*_|`<>])", r"\\\1", p)
+    plain = lambda p: re.sub(r"(?<=\w):(?=\w)", r":\\ ", re.sub(r"([\\*_|`<>])", r"\\\1", p))   # FILE:LINE is no address
     literal = lambda p: rf"\ ``{p.strip()}``\ " if p.strip() else ""      # an escaped space ends it before a letter, too
     return "".join(literal(p) if i % 2 else plain(p) for i, p in enumerate(parts))
 
@@ -366,7 +367,7 @@ def class_rst(c, comments):
         if not f.name.startswith("_"): lines += function_rst(f, comments, f.name, "method", "   ")
     return lines
 
-# %% ../../nbs/reproduce/site.ipynb #cell-30
+# %% ../../nbs/reproduce/site.ipynb #cell-31
 def module_rst(
     path,             # of a module
     module: str,      # its dotted name
@@ -397,7 +398,7 @@ def api_page(
         if file.stem != "__init__": lines += module_rst(file, f"m2kit.{room}.{file.stem}", page_of(nb) if nb else "")
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
-# %% ../../nbs/reproduce/site.ipynb #cell-33
+# %% ../../nbs/reproduce/site.ipynb #cell-34
 def front_summary(
     figures,          # the folder of figures
 ) -> str:             # Markdown, with links as from `nbs/`
@@ -428,7 +429,7 @@ def filled_in(
     if not pattern.search(text): raise UserError(f"there is no <!-- {mark} --> ... <!-- /{mark} --> to fill")
     return pattern.sub(lambda m: m[1] + new + m[2], text)
 
-# %% ../../nbs/reproduce/site.ipynb #cell-35
+# %% ../../nbs/reproduce/site.ipynb #cell-36
 def write_front(
     index=None,       # the index; the book's own by default
     figures=None,     # the folder of figures; `figures/` by default
@@ -445,7 +446,7 @@ def write_front(
     if text != old: atomic_write(index, text)
     return text != old
 
-# %% ../../nbs/reproduce/site.ipynb #cell-38
+# %% ../../nbs/reproduce/site.ipynb #cell-39
 def toc(
     pages,               # below the site's top, or relative to the page
     *options: str,       # ":numbered:"
@@ -484,7 +485,7 @@ def front_page(index, path):
     pages = [f"{r}/index" for r in ("lessons",) if r in path] + ["map", "exhibits/index", "claims", "api/index"]
     return told | dict(cells=[*page_cells(told["cells"], "nbs"), markdown_cell(toc(pages), "site-toc")])
 
-# %% ../../nbs/reproduce/site.ipynb #cell-39
+# %% ../../nbs/reproduce/site.ipynb #cell-40
 def write_sources(
     folder,           # for Sphinx to read; made anew
     figures,          # the folder of figures
@@ -512,7 +513,7 @@ def write_sources(
     for name, text in files.items(): atomic_write(folder/name, text)
     return [n.rpartition(".")[0] for n in files if not n.startswith("_")]
 
-# %% ../../nbs/reproduce/site.ipynb #cell-41
+# %% ../../nbs/reproduce/site.ipynb #cell-42
 SITE_CSS = """
 .m2-here { border: 1px solid var(--pst-color-border); border-radius: .5rem; padding: .6rem .8rem; margin: 1rem 0;
   font-size: .9rem }
@@ -543,7 +544,7 @@ html[data-theme="light"] .m2-refuted { color: #a63d00 } html[data-theme="dark"] 
 @media (max-width: 40rem) { .m2-ledger thead { display: none } .m2-ledger tr, .m2-ledger td { display: block;
   border: 0; padding: .2rem 0 }
   .m2-ledger tr { border-bottom: 1px solid var(--pst-color-border); padding: .6rem 0 } }
-math[display="block"] { overflow-x: auto; padding: .3rem 0 } article table { display: block; overflow-x: auto }
+.m2-math { overflow-x: auto; padding: .3rem 0 } article table { display: block; overflow-x: auto }
 .m2-ledger { display: table !important }
 @media print { .bd-header, .bd-sidebar-primary, .bd-sidebar-secondary, .prev-next-footer, .bd-footer, .m2-map,
   .header-article { display: none !important }
@@ -551,7 +552,7 @@ math[display="block"] { overflow-x: auto; padding: .3rem 0 } article table { dis
   pre { white-space: pre-wrap; break-inside: avoid } figure, tr, img { break-inside: avoid } h1, h2,
   h3 { break-after: avoid } a { color: inherit } }"""
 
-# %% ../../nbs/reproduce/site.ipynb #cell-43
+# %% ../../nbs/reproduce/site.ipynb #cell-44
 def mathml(
     tex: str,             # a formula, as LaTeX has it
     block: bool = False,  # on a line of its own
@@ -570,13 +571,14 @@ def setup(
     def visit(block):
         def write(self, node):
             from docutils.nodes import SkipNode
-            self.body.append(mathml(node.astext(), block))
+            drawn = mathml(node.astext(), block)            # a long one scrolls, with the keyboard too
+            self.body.append(f'<div class="m2-math" tabindex="0">{drawn}</div>' if block else drawn)
             raise SkipNode
         return write
     app.add_html_math_renderer("mathml", inline_renderers=(visit(False), None), block_renderers=(visit(True), None))
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
-# %% ../../nbs/reproduce/site.ipynb #cell-48
+# %% ../../nbs/reproduce/site.ipynb #cell-49
 class Page(HTMLParser):
     "The links, the files and the anchors of a page."
     def __init__(self): super().__init__(); self.links, self.files, self.anchors = [], [], set()
@@ -617,7 +619,7 @@ def broken_links(
                 wrong.append(f"{here}: {target} has no such anchor")
     return wrong
 
-# %% ../../nbs/reproduce/site.ipynb #cell-51
+# %% ../../nbs/reproduce/site.ipynb #cell-52
 def settings_for_sphinx(
     figures,          # the folder of figures
 ) -> dict:
@@ -625,7 +627,7 @@ def settings_for_sphinx(
     return dict(
         project="m2kit", root_doc="index", language="en", extensions=["myst_nb", "m2kit.reproduce.site"],
         source_suffix={".ipynb": "myst-nb", ".md": "myst-nb", ".rst": "restructuredtext"},
-        nb_execution_mode="off", nb_merge_streams=True, myst_heading_anchors=4, myst_enable_extensions=["dollarmath", "html_image"],
+        nb_execution_mode="off", nb_merge_streams=True, myst_heading_anchors=4, myst_enable_extensions=["dollarmath"],
         html_theme="pydata_sphinx_theme", html_title="m2kit", html_math_renderer="mathml", html_copy_source=False,
         html_show_sourcelink=False, html_static_path=["_static"], html_css_files=["m2kit.css"], html_extra_path=[],
         add_module_names=False, python_use_unqualified_type_names=True, toc_object_entries=False,
@@ -646,6 +648,15 @@ def copy_figures(
     for p in Path(figures).iterdir():
         if p.suffix in (".png", ".svg", ".json", ".html"): shutil.copy(p, out)
 
+def name_toggles(
+    out,              # the folder of the site
+):
+    "Give the theme's buttons that open a room in the sidebar a name for those who cannot see them."
+    bare = '<summary><span class="toctree-toggle"'
+    for page in Path(out).rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        if bare in text: atomic_write(page, text.replace(bare, bare.replace("<summary>", '<summary aria-label="its chapters">')))
+
 def build_site(
     out=None,         # the folder of the site; `_docs/` by default, made anew
     figures=None,     # the folder of figures; `figures/` by default
@@ -656,18 +667,20 @@ def build_site(
     try: from sphinx.application import Sphinx
     except ImportError: raise UserError("Sphinx is not installed; in the repository: make site, or pip install -e '.[site]'") from None
     out, figures = Path(out or root()/"_docs").resolve(), Path(figures or root()/"figures")
-    if out.is_dir() and any(out.iterdir()) and not (out/"searchindex.js").exists():
+    mark = out/".nojekyll"                       # GitHub Pages wants it; it also says that a site was begun here
+    if out.is_dir() and any(out.iterdir()) and not mark.exists():
         raise UserError(f"{out} holds something, and no site that could be made anew; name another folder with --out")
     work = out.with_name(f".{out.name}.work")
     pages, said = write_sources(work/"source", figures, nbs), io.StringIO()
     tell(f"{len(pages)} pages to build, about a minute")
     shutil.rmtree(out, ignore_errors=True)
+    atomic_write(mark, "")
     app = Sphinx(str(work/"source"), None, str(out), str(work/"trees"), "html", settings_for_sphinx(figures),
                  status=None, warning=said, freshenv=True)
     app.build(force_all=True)
     (out/"figures").mkdir(exist_ok=True)
     copy_figures(figures, out/"figures")
-    atomic_write(out/".nojekyll", "")
+    name_toggles(out)
     shutil.rmtree(work)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).replace(str(work/"source") + "/", "")
     wrong = [l for l in plain.splitlines() if "WARNING" in l or "ERROR" in l] + broken_links(out)
