@@ -59,7 +59,8 @@ COMMANDS = dict(
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_terminal_shows_it_and_obeys_nothing(name, files, tmp_path, monkeypatch):
     "Models are ours; what they say and what the files hold is not."
-    monkeypatch.setattr("m2kit.lm.open.open_model", lambda spec, *a, **k: answers(EVIL, spec))
+    for place in ("lm.open", "simulator.patient"):
+        monkeypatch.setattr(f"m2kit.{place}.open_model", lambda spec, *a, **k: answers(EVIL, spec))
     at = files(EVIL)
     words = [at(w) if at(w).exists() else tmp_path/w if w.startswith(("new", "talk")) else w for w in COMMANDS[name].split()]
     status, out, err = said(*words, lines=f"{EVIL}\n:script\n:scores\n:{EVIL}\n")
