@@ -28,7 +28,9 @@ builtins.__import__, builtins.open, io.open = only_what_windows_has, in_its_code
 
 def said(*words, python=sys.executable, **kw):
     "Status, and all that was printed."
-    r = subprocess.run([str(w) for w in words if w], capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=600, **kw)
+    # A `make` that runs these tests hands its flags to any `make` below it, which then also says where it is.
+    env = {k: v for k, v in (kw.pop("env", None) or os.environ).items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    r = subprocess.run([str(w) for w in words if w], capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=600, env=env, **kw)
     return r.returncode, r.stdout + r.stderr
 
 
