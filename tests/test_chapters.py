@@ -1,11 +1,11 @@
-"""Every chapter is its own test: its examples run from top to bottom, in a process of its own. (Exhibits are run by `make reproduce`.)"""
+"""Every chapter is its own test: its examples run from top to bottom, in a process of its own. (Exhibits are run by `make reproduce`, lessons by test_lessons.)"""
 import json, os, re
 from pathlib import Path
 import pytest
 from m2kit.reproduce.touched import run_chapter, run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAPTERS = [*(p for p in sorted((ROOT/"nbs").glob("*/*.ipynb")) if p.parent.name != "exhibits"), ROOT/"nbs"/"index.ipynb"]
+CHAPTERS = [*(p for p in sorted((ROOT/"nbs").glob("*/*.ipynb")) if p.parent.name not in ("exhibits", "lessons")), ROOT/"nbs"/"index.ipynb"]
 name = lambda p: p.relative_to(ROOT/"nbs").with_suffix("").as_posix()
 
 # Libraries that choose the older instructions of another CPU: sums are then taken in another order, and their last bits differ.

@@ -261,10 +261,11 @@ def runnable(
     nb,                    # a notebook, as nbformat reads it
     flags=("slow",),       # directives of cells that are not for every run
 ):                         # the same, with cells that are not for running made raw
-    "Make raw what `#| eval: false` or a flag excludes."
+    "Make raw what `#| eval: false`, a flag or the tag `raises-exception` excludes."
     skip = re.compile(rf"^\s*#\s*\|\s*(eval:\s*false|{'|'.join(flags)})\s*$", re.M)
     for cell in nb.cells:
-        if cell.cell_type == "code" and skip.search(cell.source):
+        may_fail = "raises-exception" in cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and (may_fail or skip.search(cell.source)):
             cell.cell_type = "raw"
             cell.pop("outputs", 0)
             cell.pop("execution_count", 0)
