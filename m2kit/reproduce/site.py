@@ -23,6 +23,7 @@ from urllib.parse import unquote, urldefrag
 from ..core.errors import UserError
 from ..core.run import atomic_write, package_dir, root
 from ..core.stats import number
+from .live import live_box, live_css, live_files, live_page, pieces_of
 from .claims import book_of, counts_sentence, paper_order
 from .outputs import HIDDEN, joined, source_lines, notebook_text
 from .pipeline import Notebook, notebooks, uses
@@ -261,7 +262,9 @@ def page_notebook(
     if nb.kind == "exhibit": cells = without_pictures(cells)
     title, _, rest = joined(cells[0]["source"]).partition("\n")
     first = [markdown_cell(title, "site-title"), markdown_cell(rest.strip() + "\n\n" + head, "site-head")]
-    return told | dict(cells=[*first, *cells[1:]])
+    live = live_box(pieces_of(page_of(nb)))
+    last = [markdown_cell(f"## Try it here\n\n{live}", "site-live")] if live else []
+    return told | dict(cells=[*first, *cells[1:], *last])
 
 # %% ../../nbs/reproduce/site.ipynb #cell-23
 def finding_text(
@@ -472,7 +475,8 @@ def room_page(room, names, books, path):
 def map_page(path, books):
     "The path through all rooms on one page."
     rooms = numbered(path)
-    parts = ["# The path\n\nEach room builds on those it links to; a chapter runs alone, and says what it builds on.\n"]
+    parts = ["# The path\n\nEach room builds on those it links to; a chapter runs alone, and says what it builds on. "
+             "[Live pieces](live.md) stand at the end of some chapters.\n"]
     for i, r in enumerate(rooms, 1):
         title, line = room_title(r)
         chapters = " · ".join(f"[{books[n].title}]({r}/{books[n].path.name})" for n in path[r])
@@ -482,7 +486,7 @@ def map_page(path, books):
 def front_page(index, path):
     "The book's index as the site's first page, with the contents of everything behind it."
     told = json.loads(Path(index).read_text(encoding="utf-8"))
-    pages = [f"{r}/index" for r in ("lessons",) if r in path] + ["map", "exhibits/index", "claims", "api/index"]
+    pages = [f"{r}/index" for r in ("lessons",) if r in path] + ["map", "live", "exhibits/index", "claims", "api/index"]
     return told | dict(cells=[*page_cells(told["cells"], "nbs"), markdown_cell(toc(pages), "site-toc")])
 
 # %% ../../nbs/reproduce/site.ipynb #cell-40
@@ -497,7 +501,8 @@ def write_sources(
     path, graph, book = path_of(books), uses(books), book_of(figures)
     rows = defaultdict(list)
     for r in book["claims"]: rows[r["exhibit"]].append(r)
-    files = {"map.md": map_page(path, books), "claims.md": claims_page(book["claims"], books, counts_sentence(book["counts"]))}
+    files = {"map.md": map_page(path, books), "live.md": live_page(books)}
+    files["claims.md"] = claims_page(book["claims"], books, counts_sentence(book["counts"]))
     for room, names in path.items():
         files[f"{room}/index.md"] = room_page(room, names, books, path)
         for nb in map(books.get, names):
@@ -509,7 +514,8 @@ def write_sources(
     files["api/index.md"] = "# API\n\nEvery public function and class, by room.\n\n" + "\n".join(
         f"- [m2kit.{r}]({r}.rst): {room_title(r)[1]}" for r in api) + "\n\n" + toc(api)
     files["index.ipynb"] = json.dumps(front_page(Path(nbs or root()/"nbs")/"index.ipynb", path))
-    files["_static/m2kit.css"] = SITE_CSS
+    files["_static/m2kit.css"] = SITE_CSS + live_css()
+    files |= {f"_static/{n}": text for n, text in live_files().items()}
     for name, text in files.items(): atomic_write(folder/name, text)
     return [n.rpartition(".")[0] for n in files if not n.startswith("_")]
 
@@ -523,6 +529,7 @@ SITE_CSS = """
   text-decoration: none;
   color: var(--pst-color-text-base) }
 .m2-map .here a { background: var(--pst-color-primary); color: var(--pst-color-on-primary, #fff); font-weight: 600 }
+html[data-theme="dark"] .m2-map .here a { color: #14181e }
 .m2-place { margin: 0 0 .2rem } .m2-here dl { margin: 0 } .m2-here dl div { display: flex; flex-wrap: wrap;
   gap: 0 .6rem }
 .m2-here dt { color: var(--pst-color-text-muted); min-width: 5rem } .m2-here dd { margin: 0; flex: 1 1 15rem }

@@ -1,0 +1,156 @@
+"""The JavaScript of the pages says what the package says: 200 random inputs for every live piece, computed by both.
+
+They run in Node. Where there is none the tests say so and are skipped; where there is one (or M2KIT_NODE=1 promises it) nothing is skipped.
+"""
+import os, random, shutil
+from dataclasses import asdict
+import pytest
+from m2kit.reproduce.live import in_node
+
+N = 200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def node():
+    "Skip, or fail where a Node was promised."
+    if shutil.which("node"): return
+    if os.environ.get("M2KIT_NODE") == "1": pytest.fail("a Node was promised, and there is none")
+    pytest.skip("no Node on this machine")
+
+
+def close(a, b):
+    "Equal in shape, and to 1e-9 in every number; nan is null."
+    if isinstance(a, dict): return isinstance(b, dict) and a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return isinstance(b, list) and len(a) == len(b) and all(map(close, a, b))
+    if a is None or a != a: return b is None
+    if isinstance(a, (int, float)): return b == pytest.approx(a, rel=1e-9, abs=1e-12)
+    return a == b
+
+
+def compared(calls, wanted):
+    "Fails with the first call whose answer differs."
+    assert len(calls) >= N and len({str(c) for c in calls}) > .9*len(calls)
+    for call, want, got in zip(calls, wanted, in_node(calls), strict=True): assert close(want, got), (call, want, got)
+
+
+def test_the_comparison_can_fail():
+    with pytest.raises(AssertionError): compared([("tokens_a_round", [[i/N]]) for i in range(N)], [1.]*N)
+
+
+def test_score_a_rubric():
+    from m2kit.rubrics.rubric import Criterion, Rubric, Verdict, bounds_of_points, score, score_points
+    rng, calls, wanted = random.Random(0), [], []
+    while len(calls) < N:
+        points = [rng.choice([-10, -7, -3, 2, 5, 8, 10]) for _ in range(rng.randint(1, 12))]
+        met = [rng.choice([True, False, False, True, None]) for _ in points]
+        if max(points) < 0: continue
+        rubric, verdicts = Rubric("r", [Criterion(p, f"c{i}") for i, p in enumerate(points)]), [Verdict(m) for m in met]
+        low, high = bounds_of_points(points, verdicts)
+        calls.append(("by_rule", [points, met]))
+        wanted.append(dict(example=score(rubric, verdicts, clip=False), reward=score(rubric, verdicts), low=low, high=high,
+                           unknown_is_false=score_points(points, [Verdict(bool(m)) for m in met])))
+    assert {None} < {w["reward"] for w in wanted} and any(w["reward"] == 0 > w["example"] for w in wanted if w["reward"] is not None)
+    compared(calls, wanted)
+
+
+def test_the_length_gate():
+    from m2kit.train.rewards import length_reward
+    rng, calls, wanted = random.Random(1), [], []
+    for _ in range(N):
+        n = rng.randint(1, 9)
+        scores = [rng.choice([None, rng.random(), round(rng.random(), 1), .5]) for _ in range(n)]
+        lengths = [rng.randint(0, 400) for _ in range(n)]
+        options = rng.choice([4., .6]), rng.choice([0, .2, .8, 1, rng.random()]), rng.choice([.5, 0, rng.random()])
+        calls.append(("length_reward", [scores, lengths, *options]))
+        wanted.append(length_reward([float("nan") if s is None else s for s in scores], lengths, *options).tolist())
+    assert any(max(w) for w in wanted) and any(not max(w) for w in wanted)
+    compared(calls, wanted)
+
+
+def test_group_advantage():
+    import torch
+    from m2kit.train.grpo import group_advantage
+    rng, calls, wanted = random.Random(2), [], []
+    for i in range(N):
+        rewards = [rng.choice([None, rng.random(), 1., rng.random()]) for _ in range(rng.randint(1, 8))]
+        row = torch.tensor([[float("nan") if r is None else r for r in rewards]], dtype=torch.float64)
+        calls.append(("group_advantage", [rewards, bool(i % 2)]))
+        wanted.append(group_advantage(row, bool(i % 2))[0].tolist())
+    compared(calls, wanted)
+
+
+def test_the_clip():
+    import torch
+    from m2kit.train.grpo import policy_loss
+    rng, calls, wanted = random.Random(3), [], []
+    for i in range(N):
+        B, T = rng.randint(1, 4), rng.randint(1, 6)
+        table = lambda draw: [[draw() for _ in range(T)] for _ in range(B)]
+        old, a = table(lambda: -3*rng.random()), [rng.uniform(-1, 1) for _ in range(B)]
+        new, mask = [[x + rng.gauss(0, .3) for x in row] for row in old], [[int(t < (n := rng.randint(1, T))) for t in range(T)] for _ in range(B)]
+        options = [rng.choice([None, 8]), rng.choice([.2, .1]), rng.choice([.28, .2])]
+        loss, stats = policy_loss(*(torch.tensor(x, dtype=torch.float64) for x in (new, old, a, mask)), *options)
+        calls.append(("policy_loss", [new, old, a, mask, *options]))
+        wanted.append(dict(loss=loss.item(), clipped=stats["clipped"]))
+    assert any(w["clipped"] for w in wanted)
+    for w in wanted: w["clipped"] = pytest.approx(w["clipped"], abs=1e-6).expected          # a share of tokens, in float32 there
+    got = in_node(calls)
+    for c, w, g in zip(calls, wanted, got, strict=True):
+        assert close(w["loss"], g["loss"]) and g["clipped"] == pytest.approx(w["clipped"], abs=1e-6), (c, w, g)
+
+
+def some_decoder(rng):
+    "Sizes of a decoder that nobody has built."
+    from m2kit.lm.memory import Decoder
+    kv, flag = rng.choice([1, 2, 8]), lambda: rng.random() < .5
+    return Decoder(rng.randint(500, 160_000), rng.choice([96, 128, 1000, 5120]), rng.randint(1, 64), kv*rng.choice([1, 5]), kv,
+                   rng.choice([32, 64, 128]), rng.choice([192, 384, 27_648]), flag(), flag(), flag(), flag(), flag())
+
+
+def test_what_fits_on_a_card():
+    from m2kit.infer.serve import draft_bytes
+    from m2kit.lm.memory import CARDS, KV_BYTES, LAYOUTS, OVERHEAD, budget, parameters
+    rng, calls, wanted, counted = random.Random(4), [], [], []
+    for _ in range(N):
+        d, layout, kv, card = some_decoder(rng), rng.choice(list(LAYOUTS)), rng.choice(list(KV_BYTES)), rng.choice(list(CARDS))
+        overhead, use, draft = rng.choice([OVERHEAD, 0]), rng.uniform(.1, 1), rng.random() < .5
+        extra = draft_bytes(d, 32_000, kv=kv) if draft else (0, 0)
+        b = budget(d, card, layout, kv, overhead, use)
+        calls.append(("budget", [asdict(d), CARDS[card], asdict(LAYOUTS[layout]), KV_BYTES[kv], overhead, use, list(extra)]))
+        wanted.append(dict(card=b.card, reserve=b.reserve, weights=sum(b.weights.values()), per_token=b.per_token, pool=b.pool - extra[0],
+                           tokens=max(0, int((b.pool - extra[0])//(b.per_token + extra[1])))))          # as `ServePlan.tokens`
+        counted += [(("parameters", [asdict(d)]), parameters(d)),
+                    (("draft_bytes", [asdict(d), 32_000, KV_BYTES[kv]]), list(draft_bytes(d, 32_000, kv=kv)))]
+    assert any(w["tokens"] for w in wanted) and any(not w["tokens"] for w in wanted)
+    compared(calls, wanted)
+    compared(*zip(*counted))
+
+
+def test_serve_counts_as_the_card_does():
+    from m2kit.infer.serve import serve_plan
+    from m2kit.reproduce.live import pieces_data
+    told = pieces_data()
+    plan = serve_plan(dict(model="Baichuan-M2-32B", weights="W4A16", draft="d"), "RTX 4090")
+    d = told["models"]["Baichuan-M2-32B"]
+    extra, = in_node([("draft_bytes", [d, told["draft_vocab"], 2])])
+    b, = in_node([("budget", [d, told["cards"]["RTX 4090"], told["layouts"]["W4A16"], 2, told["overhead"], .9, extra])])
+    assert b["tokens"] == plan.tokens > 0
+
+
+def test_acceptance_and_speedup():
+    from m2kit.infer.acceptance import acceptance_of
+    from m2kit.infer.speedup import RATES, project, speedup, tokens_a_round
+    from m2kit.lm.memory import KV_BYTES, LAYOUTS
+    rng, plain, far, counts = random.Random(5), [], [], []
+    for i in range(N):
+        depth = rng.randint(1, 6)
+        a, costs = [rng.random() for _ in range(depth)], (rng.uniform(1, 3), rng.random())
+        plain += [(("tokens_a_round", [a]), tokens_a_round(a)), (("speedup", [2 + i/N, *costs, depth]), speedup(2 + i/N, *costs, depth))]
+        d, card, layout, kv = some_decoder(rng), rng.choice(list(RATES)), rng.choice(list(LAYOUTS)), rng.choice(["BF16", "FP8"])
+        tau, context = rng.uniform(1, depth + 1), rng.randint(1, 30_000)
+        far.append((("project", [asdict(d), tau, depth, RATES[card], 32_000, context, asdict(LAYOUTS[layout]), KV_BYTES[kv]]),
+                    project(d, tau, depth, card, context=context, weights=layout, kv=kv)))
+        rounds = [[(rng.randint(0, n), n) for n in (rng.randint(1, 30),)][0] for _ in range(depth)]
+        found = acceptance_of(dict(places=[rounds], rounds=[(3, 1)]))
+        counts.append((("acceptance_of", [rounds]), dict(places=[float(x) for x in found["places"][0]], overall=found["overall"][0])))
+    for calls in (plain, far, counts): compared(*zip(*calls))
