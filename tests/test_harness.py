@@ -262,16 +262,18 @@ for k in range(points):
 print(json.dumps(report))
 """
 
-def test_killed_at_twenty_random_points_it_resumes_to_the_same_result(tmp_path):
+@pytest.mark.parametrize("points", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_points_it_resumes_to_the_same_result(tmp_path, points):
+    "Half of the points are of a run of their own each, the others of one run that is killed again and again."
     rows = write_clinic_rows(tmp_path/"rows.jsonl", 9)
-    p = subprocess.run([sys.executable, "-c", SPAWN, str(rows), str(tmp_path), "20"], capture_output=True, text=True, timeout=300)
+    p = subprocess.run([sys.executable, "-c", SPAWN, str(rows), str(tmp_path), str(points)], capture_output=True, text=True, timeout=300)
     assert p.returncode == 0, p.stderr[-2000:]
     report = json.loads(p.stdout)
     ended = [r for r in report if "same" in r]
-    assert len(report) == 20 and sum(r["killed"] for r in report) >= 15 and len(ended) == 11                # ten runs killed once, and one killed ten times
+    assert len(report) == points and sum(r["killed"] for r in report) >= .75*points and len(ended) == points//2 + 1
     assert all(r["same"] for r in ended)
     assert all(r["asked_again"] == r["of"] - r["calls"] for r in ended), ended                             # no call that was on record is made again
-    assert len({r["calls"] for r in ended}) > 5 and any(0 < r["calls"] < r["of"] for r in ended)            # at different points, indeed
+    assert len({r["calls"] for r in ended}) > points/4 and any(0 < r["calls"] < r["of"] for r in ended)    # at different points, indeed
 
 SERVED = SPAWN.replace(next(l for l in SPAWN.splitlines() if l.startswith("def go(")), """
 from m2kit.lm.server import ServerModel
