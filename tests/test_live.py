@@ -198,7 +198,7 @@ def consult(tmp_path_factory, one_thread):
     from m2kit.reproduce.consult_page import CONSULT_SCRIPTS, consult_data, page_scripts, page_simulator
     scripts, d = page_scripts(), tmp_path_factory.mktemp("page")
     files = [atomic_write(d/n, t) for n, t in consult_data(scripts).items()]
-    ask = lambda *calls: in_node(list(calls), [*files, "pieces.js", *CONSULT_SCRIPTS])
+    ask = lambda *calls: in_node(list(calls), [*files, *CONSULT_SCRIPTS])
     return scripts, page_simulator(open_model("tiny:patient"), open_model("tiny:checker")), ask
 
 

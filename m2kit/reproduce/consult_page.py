@@ -181,10 +181,15 @@ def consult_data(
             "weights_data.js": script_of(weights, "weights")}
 
 # %% ../../nbs/reproduce/consult_page.ipynb #cell-19
-CONSULT_SCRIPTS = ("python.js", "tokenizer.js", "qwen3.js", "units.js", "feedback.js")
-CONSULT_ABOUT = """You are the doctor; a simulated patient answers. The patient, the gate that ends the consultation and the checker that keeps the patient to the script are three small models (0.6 million parameters each); they run in this page, and nothing that you type leaves it. Everything is invented; it is no medical advice.
+CONSULT_SCRIPTS = ("pieces.js", "python.js", "tokenizer.js", "qwen3.js", "units.js", "feedback.js")
+CONSULT_ABOUT = """You are the doctor; a simulated patient answers. The patient, and the checker that ends
+the consultation and keeps the patient to the script, are two small models of some 0.6 million parameters;
+they run in this page, and nothing that you type leaves it. Everything is invented; it is no medical advice.
 
-The models were raised on the synthetic clinic's short English sentences and understand little else: pick a question from the list, or ask for one thing at a time in plain words. Order tests and say what you would do as you would to a patient. The consultation ends when you tell a final diagnosis or say goodbye; then you are graded."""
+The models were raised on the synthetic clinic's short English sentences and understand little else:
+pick a question from the list, or ask for one thing at a time in plain words. Order tests and say what you
+would do as you would to a patient. The consultation ends when you tell a final diagnosis or say goodbye;
+then you are graded."""
 
 def consult_files() -> dict: # name below `_static/` -> text
     "The scripts of the consult's page."
