@@ -22,7 +22,7 @@
     { id: "m2-who" },
     ...people.map((p, i) => el("option", { value: p.id }, called(p, i))),
   );
-  const log = el("ol", {
+  const log = el("div", {
     className: "m2-log",
     role: "log",
     "aria-label": "The consultation",
@@ -69,7 +69,7 @@
   function show(who_speaks, text, more = []) {
     const units = more.map(t => el("div", { className: "m2-units" }, t));
     log.append(
-      el("li", { className: `m2-${who_speaks}` }, el("b", {}, `${who_speaks}: `), text, ...units),
+      el("div", { className: `m2-${who_speaks}` }, el("b", {}, `${who_speaks}: `), text, ...units),
     );
     log.scrollTop = log.scrollHeight;
   }

@@ -222,7 +222,7 @@ def consult_alone(
     "The page in one file: nothing is loaded from anywhere."
     scripts = "\n".join(f"<script>{files[n]}</script>" for n in consult_order(files))
     about = "".join(f"<p>{p}</p>" for p in CONSULT_ABOUT.split("\n\n"))
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Be the doctor</title>\n'
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Be the doctor</title><link rel="icon" href="data:,">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{ALONE_CSS}{live_css()}</style></head>\n'
             f'<body><main><h1>Be the doctor</h1>{about}<div class="m2-live" id="m2-consult"></div></main>\n{scripts}</body></html>\n')
 
