@@ -16,7 +16,7 @@ FIGURES = ROOT/"figures"
 SPHINX = importlib.util.find_spec("sphinx") and importlib.util.find_spec("myst_nb")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DRIVER = importlib.util.find_spec("playwright") and importlib.util.find_spec("axe_playwright_python")
-PAGES = ("index.html", "map.html", "claims.html", "live.html", "train/grpo.html", "train/rewards.html", "exhibits/fig05_length.html", "api/rubrics.html")
+PAGES = ("index.html", "map.html", "claims.html", "live.html", "consult.html", "consult_alone.html", "train/grpo.html", "train/rewards.html", "exhibits/fig05_length.html", "api/rubrics.html")
 needs_sphinx = pytest.mark.skipif(not SPHINX, reason="Sphinx is not installed: pip install -c constraints.txt -e '.[site]'")
 
 

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urldefrag
 from ..core.errors import UserError
 from ..core.run import atomic_write, package_dir, root
 from ..core.stats import number
+from .consult_page import consult_alone, consult_files, consult_page
 from .live import live_box, live_css, live_files, live_page, pieces_of
 from .claims import book_of, counts_sentence, paper_order
 from .outputs import HIDDEN, joined, source_lines, notebook_text
@@ -476,7 +477,8 @@ def map_page(path, books):
     "The path through all rooms on one page."
     rooms = numbered(path)
     parts = ["# The path\n\nEach room builds on those it links to; a chapter runs alone, and says what it builds on. "
-             "[Live pieces](live.md) stand at the end of some chapters.\n"]
+             "[Live pieces](live.md) stand at the end of some chapters; "
+             "[be the doctor](consult.md) of a patient in your browser.\n"]
     for i, r in enumerate(rooms, 1):
         title, line = room_title(r)
         chapters = " · ".join(f"[{books[n].title}]({r}/{books[n].path.name})" for n in path[r])
@@ -486,7 +488,7 @@ def map_page(path, books):
 def front_page(index, path):
     "The book's index as the site's first page, with the contents of everything behind it."
     told = json.loads(Path(index).read_text(encoding="utf-8"))
-    pages = [f"{r}/index" for r in ("lessons",) if r in path] + ["map", "live", "exhibits/index", "claims", "api/index"]
+    pages = [f"{r}/index" for r in ("lessons",) if r in path] + ["map", "live", "consult", "exhibits/index", "claims", "api/index"]
     return told | dict(cells=[*page_cells(told["cells"], "nbs"), markdown_cell(toc(pages), "site-toc")])
 
 # %% ../../nbs/reproduce/site.ipynb #cell-40
@@ -515,7 +517,10 @@ def write_sources(
         f"- [m2kit.{r}]({r}.rst): {room_title(r)[1]}" for r in api) + "\n\n" + toc(api)
     files["index.ipynb"] = json.dumps(front_page(Path(nbs or root()/"nbs")/"index.ipynb", path))
     files["_static/m2kit.css"] = SITE_CSS + live_css()
-    files |= {f"_static/{n}": text for n, text in live_files().items()}
+    consult = consult_files()
+    files["consult.md"] = consult_page(consult, books)
+    files["_alone/consult_alone.html"] = consult_alone(consult)
+    files |= {f"_static/{n}": text for n, text in (live_files() | consult).items()}
     for name, text in files.items(): atomic_write(folder/name, text)
     return [n.rpartition(".")[0] for n in files if not n.startswith("_")]
 
@@ -636,7 +641,7 @@ def settings_for_sphinx(
         source_suffix={".ipynb": "myst-nb", ".md": "myst-nb", ".rst": "restructuredtext"},
         nb_execution_mode="off", nb_merge_streams=True, myst_heading_anchors=4, myst_enable_extensions=["dollarmath"],
         html_theme="pydata_sphinx_theme", html_title="m2kit", html_math_renderer="mathml", html_copy_source=False,
-        html_show_sourcelink=False, html_static_path=["_static"], html_css_files=["m2kit.css"], html_extra_path=[],
+        html_show_sourcelink=False, html_static_path=["_static"], html_css_files=["m2kit.css"], html_extra_path=["_alone"],
         add_module_names=False, python_use_unqualified_type_names=True, toc_object_entries=False,
         html_context=dict(default_mode="auto"), html_sidebars={"index": [], "claims": []},
         suppress_warnings=["ref.python", "myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"],
