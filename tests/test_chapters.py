@@ -42,3 +42,9 @@ def test_chapter_with_its_slow_cells(path):
 def test_chapter_on_another_cpu(path, cpu):
     passed, said = run_chapter(path, timeout=1200, env={**os.environ, **cpu})
     assert passed, said
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name)
+def test_a_notebooks_own_loop_is_not_started_again(path):
+    "In JupyterLab and under papermill a loop is running, and `asyncio.run` refuses: it gets a thread, `pool.submit(asyncio.run, work)`."
+    assert not [s for s in sources(path) if re.search(r"(?m)^[^#\n]*\basyncio\.run\(", s)]
