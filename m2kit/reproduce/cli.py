@@ -544,6 +544,19 @@ def score(file, seed):
     if again: print_aside(f"m2kit: {again[0]}" + f", and {len(again) - 1} more"*(len(again) > 1))
     return 0
 
+# %% ../../nbs/reproduce/cli.ipynb #7d23102f
+@command("Score the same verdicts by the rules of seven programs, and say where they part.", """
+    m2kit crosscheck graded.jsonl                 HealthBench's rule beside six others
+    m2kit crosscheck ours.jsonl theirs.jsonl      a file each doctor: ranks, too""",
+    click.argument("files", nargs=-1, required=True, metavar="FILE..."))
+def crosscheck(files):
+    "Print the table and the divergences."
+    from m2kit.evaluate.crosscheck import crosscheck_files, crosscheck_text
+    again = []
+    print_visible(crosscheck_text(*crosscheck_files(files, again.append)))
+    if again: print_aside(f"m2kit: {again[0]}" + f", and {len(again) - 1} more"*(len(again) > 1))
+    return 0
+
 # %% ../../nbs/reproduce/cli.ipynb #cell-50
 def cases_in(
     path,        # a file with cases
