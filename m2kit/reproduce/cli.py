@@ -6,7 +6,8 @@
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
            'option', 'set_streams', 'print_aside', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
            'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
-           'training', 'Unopened', 'seed_option', 'run_benchmark']
+           'training', 'Unopened', 'seed_option', 'rows_of', 'grader_of', 'estimate_benchmark', 'budget_of',
+           'run_benchmark', 'successors_text']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
 import contextlib, io, sys
@@ -544,6 +545,19 @@ def score(file, seed):
     if again: print_aside(f"m2kit: {again[0]}" + f", and {len(again) - 1} more"*(len(again) > 1))
     return 0
 
+# %% ../../nbs/reproduce/cli.ipynb #7d23102f
+@command("Score the same verdicts by the rules of seven programs, and say where they part.", """
+    m2kit crosscheck graded.jsonl                 HealthBench's rule beside six others
+    m2kit crosscheck ours.jsonl theirs.jsonl      a file each doctor: ranks, too""",
+    click.argument("files", nargs=-1, required=True, metavar="FILE..."))
+def crosscheck(files):
+    "Print the table and the divergences."
+    from m2kit.evaluate.crosscheck import crosscheck_files, crosscheck_text
+    again = []
+    print_visible(crosscheck_text(*crosscheck_files(files, again.append)))
+    if again: print_aside(f"m2kit: {again[0]}" + f", and {len(again) - 1} more"*(len(again) > 1))
+    return 0
+
 # %% ../../nbs/reproduce/cli.ipynb #cell-50
 def cases_in(
     path,        # a file with cases
@@ -687,9 +701,12 @@ ROWS = [
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-65
 GRADING = [
-    option("--order", type=click.Choice(["printed", "shared"]), default="printed",
-           help="Of the grader's question: the paper's, or the type behind the conversation "
-                "(shares a prefix)."),
+    option("--order", type=click.Choice(["printed", "shared", "paper"]), default="printed",
+           help="Of the grader's question: the type first and the item last, the type behind the "
+                "conversation (shares a prefix), or as the paper's appendix A reads."),
+    option("--official", type=FILE, metavar="FILE",
+           help="Ask HealthBench's own question: a file with its template, e.g. healthbench_eval.py "
+                "of simple-evals; checked by its sha256."),
     option("--unified", is_flag=True, show_default=False,
            help="Ask about positive and negative criteria in one way, as the reference does."),
     option("--retries", type=click.IntRange(min=0), default=2, metavar="N",
@@ -709,12 +726,76 @@ CALLS = [
            help="Requests at a time to a server; by default 64, and up to 256 while that helps."),
     option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600, metavar="S",
            help="Seconds for one request."),
+    option("--estimate", is_flag=True, show_default=False,
+           help="Say how many tokens the run would take, and what they cost; run nothing."),
+    option("--budget", type=click.FloatRange(min=0, min_open=True), metavar="X",
+           help="Stop when so many tokens are spent, or with --price so much money; the same again "
+                "goes on."),
+    option("--price", "prices", multiple=True, metavar="NAME=READ,WRITTEN",
+           help="Of a model, for a million tokens read and written; may be repeated."),
+    option("--length-adjust", type=click.Choice(["all", "hard", "consensus", "professional"]),
+           help="Also give the score with that file's published price on length, and the worst of k."),
     seed_option("the sample, the answers and the bootstrap"),
     option("--out", type=Output(folder=True), metavar="DIR",
            help="The run's folder; by default one under runs/healthbench."),
     option("--no-pages", is_flag=True, show_default=False, help="Write no HTML.")]
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-66
+def rows_of(
+    o,           # the options of `m2kit healthbench`, by name
+):               # for `run_healthbench`
+    "The rows that are meant, HealthBench Professional's in the first benchmark's form."
+    from m2kit.evaluate.successors import as_healthbench
+    return as_healthbench(o.rows) if o.rows and Path(o.rows).is_file() else o.rows
+
+def grader_of(
+    o,           # the options
+):               # a spec, or a grader with a question of its own
+    "Who grades, and by which question."
+    from m2kit.lm.open import answer_room
+    from m2kit.lm.chat import Sampling
+    from m2kit.rubrics.official import OfficialGrader, PaperGrader, read_template
+    if not o.official and o.order != "paper": return o.grader
+    if o.grader in ("recorded", "clauses") or o.constrain or o.unified:
+        raise UserError("--official and --order paper ask a model (--grader SPEC) a question of their own; leave out "
+                        "--constrain and --unified")
+    server = o.grader.startswith("http")
+    model = Unopened(o.grader, **(dict(concurrency=o.concurrency, timeout=o.timeout) if server else {}))
+    if o.official: return OfficialGrader(model, read_template(o.official))
+    greedy = Sampling(temperature=0., max_tokens=answer_room(o.grader), seed=o.seed)
+    return PaperGrader(model, sampling=greedy, retries=o.retries)
+
+# %% ../../nbs/reproduce/cli.ipynb #f75c036d
+def estimate_benchmark(
+    o,           # the options of `m2kit healthbench`, by name
+) -> str:
+    "What the run would take, in words."
+    from m2kit.evaluate.budget import estimate_run, estimate_text, read_prices
+    from m2kit.evaluate.harness import label, to_stderr
+    from m2kit.evaluate.source import Source, chosen, find_rows, read_item
+    source = Source(find_rows(rows_of(o), o.subset, o.fetch, to_stderr))
+    picked = [read_item(source, i, lenient=True).row for i in chosen(source, o.limit, o.seed, o.physician, o.group)]
+    order = "shared" if o.order == "shared" else "printed"
+    e = estimate_run(picked, o.repeats, answer_tokens=min(o.max_tokens or 500, 4000), order=order)
+    if o.physician or o.model == "recorded": e["answers"] = dict.fromkeys(e["answers"], 0)
+    if o.grader in ("recorded", "clauses"): e["verdicts"] = dict.fromkeys(e["verdicts"], 0)
+    names = [label(s, p).rpartition("#")[2] for s, p in ((o.model, o.physician), (o.grader, None))]
+    return estimate_text(e, *names, read_prices(o.prices))
+
+def budget_of(
+    o,           # the options
+    grader,      # of `grader_of`
+):               # called with lines of progress
+    "Who is told of the run's progress."
+    from m2kit.evaluate.budget import TokenBudget, read_prices
+    from m2kit.evaluate.harness import default_folder, label, to_stderr
+    from m2kit.evaluate.source import find_rows
+    if not o.budget: return to_stderr
+    rows = find_rows(rows_of(o), o.subset, o.fetch, to_stderr)
+    folder = o.out or default_folder(label(o.model, o.physician), rows, label(grader))
+    return TokenBudget(o.budget, folder, read_prices(o.prices))
+
+# %% ../../nbs/reproduce/cli.ipynb #b621a07b
 def run_benchmark(
     o,           # the options of `m2kit healthbench`, by name
 ) -> tuple:      # the result, and its text
@@ -722,25 +803,43 @@ def run_benchmark(
     from m2kit.evaluate.harness import as_text, run_healthbench
     from m2kit.evaluate.meta import meta_text, run_meta
     from m2kit.lm.open import default_sampling
+    grader, grading = grader_of(o), dict(order=o.order, typed=not o.unified, retries=o.retries, constrain=o.constrain)
     common = dict(
-        rows=o.rows, limit=o.limit, out=o.out, seed=o.seed, fetch=o.fetch,
+        rows=rows_of(o), limit=o.limit, out=o.out, seed=o.seed, fetch=o.fetch,
         options=dict(concurrency=o.concurrency, timeout=o.timeout),
-        grading=dict(order=o.order, typed=not o.unified, retries=o.retries, constrain=o.constrain))
-    if o.meta_eval: return (r := run_meta(o.grader, **common)), meta_text(r)
+        grading=grading if isinstance(grader, str) else None)
+    if o.meta_eval: return (r := run_meta(grader, **common)), meta_text(r)
     given = dict(temperature=o.temperature, max_tokens=o.max_tokens)
     sampling = default_sampling(o.model, o.seed, **given) if any(given.values()) or o.temperature == 0 else None
     r = run_healthbench(
-        o.model, o.grader, subset=o.subset, repeats=o.repeats, physician=o.physician, group=o.group,
-        sampling=sampling, pages=not o.no_pages, lenient=o.lenient, **common)
-    return r, as_text(r)
+        o.model, grader, subset=o.subset, repeats=o.repeats, physician=o.physician, group=o.group,
+        sampling=sampling, pages=not o.no_pages, lenient=o.lenient, tell=budget_of(o, grader), **common)
+    return r, as_text(r) + successors_text(r, o.length_adjust)
 
-# %% ../../nbs/reproduce/cli.ipynb #cell-67
+def successors_text(
+    r: dict,         # a run's result
+    penalty,         # the name of a length penalty, or None
+) -> str:            # lines behind the table; "" without a penalty
+    "The scores of HealthBench's successors; they are kept beside the result, too."
+    import json
+    from m2kit.core.run import atomic_write
+    from m2kit.evaluate.successors import successor_scores
+    if not penalty: return ""
+    folder = Path(r["this_run"]["folder"])
+    found = successor_scores(folder/"examples.jsonl", penalty)
+    atomic_write(folder/"successors.json", json.dumps(found, indent=1))
+    return "".join(f"\n{k:46} {v:,}" if isinstance(v, int) else f"\n{k:46} {v:.4f}" for k, v in found.items())
+
+# %% ../../nbs/reproduce/cli.ipynb #9adf2d5d
 @command("Run HealthBench, or rows of its format: answer, grade, score.", """
     m2kit healthbench --model tiny:doctor --grader clauses --rows clinic:40 --repeats 3     all of it here, in a minute
     m2kit healthbench --model URL#NAME --grader URL#NAME --fetch --subset hard --limit 100  --fetch downloads the file once
     m2kit healthbench --model recorded --grader recorded --rows graded.jsonl                what the file has
     m2kit healthbench --physician ideal --grader URL#NAME                                   what physicians wrote
     m2kit healthbench --meta-eval --grader URL#NAME --fetch                                 the grader against physicians
+    m2kit healthbench --model URL#NAME --grader URL#NAME --official healthbench_eval.py     HealthBench's own question
+    m2kit healthbench --model URL#NAME --grader URL#NAME --estimate --price NAME=2,8        its cost; with --budget 50 it stops there
+    m2kit healthbench --model URL#NAME --grader URL#NAME --rows professional.jsonl --length-adjust professional
     (the same command again goes on where it was killed)""",
     *WHO, *ROWS, *GRADING, *CALLS)
 def healthbench(**options):
@@ -752,6 +851,7 @@ def healthbench(**options):
             "recorded verdicts are verdicts on the recorded answers: use --model recorded with"
             " --grader recorded"
         )
+    if o.estimate: print_visible(estimate_benchmark(o)); return 0
     result, text = run_benchmark(o)
     run = result["this_run"]
     print_visible(text)
