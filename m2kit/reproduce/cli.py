@@ -357,6 +357,17 @@ def train(name, fresh, ship, certify):
         print(f"{n}: {path}" + {None: "", True: ", the same bytes", False: ", other bytes"}[same])
     return 0
 
+# %% ../../nbs/reproduce/cli.ipynb #prepare-1
+@command("Get what a class needs, and run its lesson once: models, packages, and how long all of it takes.", """
+    m2kit prepare lesson 4                  one lesson, on the evening before
+    m2kit prepare lesson                    all of them, in some minutes""",
+    click.argument("what", type=click.Choice(["lesson"])),
+    click.argument("number", type=COUNT, required=False, metavar="[N]"))
+def prepare(what, number):
+    "The exit status of `m2kit.reproduce.prepare.prepare_lessons`."
+    from m2kit.reproduce.prepare import prepare_lessons
+    return prepare_lessons(number, lambda line: print(line, flush=True))
+
 # %% ../../nbs/reproduce/cli.ipynb #cell-32
 def is_met(
     requirement, # a `packaging` requirement
