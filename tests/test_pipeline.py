@@ -126,6 +126,17 @@ def test_a_failure_stays_alone(desk):
     assert "failed" not in (desk/"figures/report.html").read_text()
 
 
+def test_what_nobody_keeps_evidence_of_is_left_as_it_is(desk):
+    "An exhibit whose step is not in the evidence costs nothing and is no failure; with another size than the book's it is computed."
+    asks = "from m2kit.core.step import Step\nsteps = Step('walk', dict(steps=steps)).result(lambda: dict(n=steps))['n']"
+    notebook(desk/"nbs/exhibits/fig91_asks.ipynb", PARAMETERS + "\nminutes = 7", asks, drawing("fig91"))
+    status, said = run(desk)
+    assert status == 0 and "fig91                    left as it is" in said and not (desk/"figures/fig91.json").exists(), said
+    assert "about 7 min: m2kit evidence fig91" in said and "failed" not in (desk/"figures/report.html").read_text()
+    status, said = run(desk, sets=["fig91.steps=4"])
+    assert status == 0 and len(json.loads((desk/"figures/fig91.json").read_text())["values"]["walk"]) == 4, said
+
+
 def test_what_a_notebook_declares_is_what_it_gets(desk):
     notebook(desk/"nbs/exhibits/fig91_many.ipynb", PARAMETERS + "\nworkers = 2\nminutes = 3", "import os\nassert os.environ['M2KIT_JOBS'] == '2' and os.environ['OMP_NUM_THREADS'] == '1'", drawing("fig91"))
     status, said = run(desk, sets=["fig91.steps=5"])

@@ -47,6 +47,12 @@ def test_a_stale_record_counts_only_where_it_is_let_in(data, tmp_path, monkeypat
     monkeypatch.setenv("M2KIT_EVIDENCE", "stall")
     assert "did you mean stale?" in one_line(lambda: s.done)
 
+def test_what_is_not_kept_is_not_computed(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("M2KIT_EVIDENCE", "kept")
+    assert step(tmp_path/"runs").result(dict) == dict(score=1.)
+    missing = step(tmp_path/"runs", 2)
+    assert "data/evidence has nothing of toy-" in one_line(lambda: missing.result(dict)) and not missing.path.exists()
+
 def test_a_certified_record_counts(data, tmp_path):
     s, record = step(tmp_path/"runs"), records("toy")[0]
     equal = dict(name=s.name, closure=s.closure.name)

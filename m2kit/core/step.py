@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AFRESH', 'WITHIN', 'DIGITS', 'exported_as', 'place_of', 'as_json', 'Step', 'Made', 'made', 'this_machine',
-           'provenance', 'writing', 'at_work', 'load_object', 'asked', 'evidence_mode', 'records', 'step_names',
-           'record_at', 'rounded', 'keep_records', 'freshness', 'weights_of', 'shipped', 'shipped_now',
+           'provenance', 'writing', 'at_work', 'NotKept', 'load_object', 'asked', 'evidence_mode', 'records',
+           'step_names', 'record_at', 'rounded', 'keep_records', 'freshness', 'weights_of', 'shipped', 'shipped_now',
            'without_layout', 'ship']
 
 # %% ../../nbs/core/step.ipynb #cell-4
@@ -163,10 +163,15 @@ def took(self: Step) -> dict: # "cpu" and "clock", seconds
     "What the step has taken so far, over all tries."
     return load_object(self.path/"took.json") or dict(cpu=0., clock=0.)
 
+class NotKept(UserError):
+    "A step that the evidence has nothing of, where nothing is to be computed."
+
 @patch
 @contextmanager
 def work(self: Step, tell=print):
     "Hold the step alone, and count what it takes. Says so when another process has it."
+    if evidence_mode() == "kept" and self.done is None:
+        raise NotKept(f"data/evidence has nothing of {self.name}; m2kit evidence computes it")
     lock = self.lock()
     try: lock.acquire(timeout=2)
     except Timeout: tell(f"another process is at work on {self.name}; waiting for it"); lock.acquire()
@@ -294,11 +299,11 @@ def maker(self: Step) -> dict: # commit, versions, machine, cpu (seconds); {} wh
     return (self.kept or {}).get("made", {})
 
 # %% ../../nbs/core/step.ipynb #cell-25
-def evidence_mode() -> str: # "fresh", "stale" or "none"
+def evidence_mode() -> str: # "fresh", "stale", "kept" (stale ones too, and what is not there is not computed), or "none"
     "Which records may stand for a step that has not run here: `$M2KIT_EVIDENCE`."
     return choose(
         os.environ.get("M2KIT_EVIDENCE") or "fresh",
-        ("fresh", "stale", "none"),
+        ("fresh", "stale", "kept", "none"),
         "value of M2KIT_EVIDENCE",
     )
 
@@ -329,7 +334,7 @@ def kept(self: Step) -> dict | None:
     "The record that may stand for this step: its own, one that a replay has found equal, or a stale one."
     if (mode := evidence_mode()) == "none" or self.identity in AFRESH: return None
     same = [r for r in records(self.kind) if r["identity"] == self.identity]
-    return next((r for r in same if mode == "stale" or self.name in step_names(r)), None)
+    return next((r for r in same if mode in ("stale", "kept") or self.name in step_names(r)), None)
 
 def step_names(
     record: dict,   # of the evidence, or a shipped checkpoint's step.json

@@ -198,7 +198,7 @@ def names_of(
 def reproduce(scale, only, jobs, fresh, full, sets, out):
     "The exit status of `m2kit.reproduce.pipeline.reproduce` with these options."
     from m2kit.reproduce.pipeline import reproduce as run
-    mode = "none" if full else "stale"
+    mode = "none" if full else "kept"
     return run(names_of(only), scale, jobs, fresh, sets, out and Path(out).resolve(), mode=mode)
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-23

@@ -217,7 +217,7 @@ def forget():
 class State:
     "The folder in which a scale's pipeline keeps its stamps and executed notebooks."
     path: Path
-    mode: str = "stale"   # what evidence exhibits may draw from: see `core.step.evidence_mode`
+    mode: str = "kept"    # what evidence exhibits may draw from: see `core.step.evidence_mode`
 
     def file(self, nb, kind):
         return self.path / f"{nb.name if nb.kind == 'chapter' else 'exhibits/' + nb.name}.{kind}"
@@ -256,7 +256,7 @@ def evidence_now(
 
 def good_enough(
     stamp: dict,    # of a notebook that ran well
-    mode: str,      # "fresh", "stale" or "none"
+    mode: str,      # of the evidence: see `core.step.evidence_mode`
 ) -> bool:
     "Whether the steps that a notebook drew from would be taken again, and are what they were."
     states = {s["standing"] for s in stamp.get("steps", [])}
@@ -313,7 +313,7 @@ def failure(
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-40
 def execute(
     job: dict, # source, executed, parameters
-) -> dict:     # {"status": "done"}, or "failed" with `failure`'s keys
+) -> dict:     # {"status": "done"}, or "failed" or "left" with `failure`'s keys
     "Execute a notebook in a kernel of its own and keep the executed copy; what its cells raise comes back as a result."
     import nbformat, papermill
     source, executed = job["source"], job["executed"]
@@ -329,7 +329,9 @@ def execute(
             progress_bar=False,
         )
         return dict(status="done")
-    except Exception as e: return dict(status="failed", **failure(e, executed, source))
+    except Exception as e:
+        told = failure(e, executed, source)
+        return dict(told, status="left" if "NotKept: " in told["error"] else "failed")
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-42
 def watch(
@@ -355,9 +357,12 @@ def surroundings(
     state: State,        # where stamps are kept
     workers: int,        # processes that the notebook may use
     nb: Notebook,        # a chapter or an exhibit
+    parameters: dict,    # those that papermill sets
 ) -> dict:
     "The environment in which a notebook runs. Chapters show what this code does: they draw from nothing stale."
     mode = state.mode if nb.kind == "exhibit" or state.mode == "none" else "fresh"
+    own = {k: v for k, v in parameters.items() if k != "out" and v != nb.parameters.get(k)}
+    if mode == "kept" and own: mode = "stale"      # another size or scale than the book's: nobody keeps evidence of it
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -403,7 +408,7 @@ def run_notebook(
             stdin=subprocess.PIPE,
             stdout=f,
             stderr=f,
-            env=surroundings(state, workers, nb),
+            env=surroundings(state, workers, nb, parameters),
             cwd=nb.path.parent,
             start_new_session=True,
         )
@@ -499,13 +504,12 @@ def overrides(
 def estimates(
     books: dict,   # name -> Notebook
     known: dict,   # seconds by name, from earlier runs
+    mode: str = "stale", # of the evidence: what is kept has not to be computed
 ) -> dict:         # seconds by name
     "How long each notebook will take, as far as one can tell."
     guess = dict(chapter=10, exhibit=20)
-    return {
-        n: known.get(n) or 60 * nb.parameters.get("minutes", 0) or guess[nb.kind]
-        for n, nb in books.items()
-    }
+    told = {n: 0 if mode == "kept" else 60*nb.parameters.get("minutes", 0) for n, nb in books.items()}
+    return {n: known.get(n) or told[n] or guess[nb.kind] for n, nb in books.items()}
 
 def chains(
     graph: dict,     # name -> names that it builds on
@@ -634,6 +638,7 @@ def account(
             f" {cell}{books[name].path}\n{lines}\n          as it ran: {result['executed']}"
         )
     if result["status"] == "skipped": return f"{name:24} skipped: {result['error']}"
+    if result["status"] == "left": return f"{name:24} left as it is: its evidence is not computed yet"
     return f"{name:24} " + ("already done" if result.get("already") else f"done in {span(result['seconds'])}")
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-68
@@ -830,7 +835,11 @@ def conclude(
 ) -> int:                # the exit status
     "Tell how long everything took and what is not done."
     progress.console.print(timetable({n: plan.results[n] for n in plan.books}, wall))
-    bad = [n for n, r in plan.results.items() if r["status"] != "done"]
+    if left := [n for n, r in plan.results.items() if r["status"] == "left"]:
+        minutes = sum(plan.books[n].parameters.get("minutes", 0) for n in left)
+        progress.say(f"left as they are, for want of evidence: {', '.join(left)}; to compute it, about {minutes} min: "
+                     f"m2kit evidence {' '.join(left)}")
+    bad = [n for n, r in plan.results.items() if r["status"] not in ("done", "left")]
     if bad:
         progress.say(
             f"not done: {', '.join(bad)}; the same command tries these again and leaves the others"
@@ -847,7 +856,7 @@ def reproduce(
     out=None,            # the folder of figures; `figures/` by default
     nbs=None,            # the folder of notebooks; the book's own by default
     console=None,        # a rich console to tell it to
-    mode: str = "stale", # what exhibits may draw from: "stale" evidence too, "fresh" only, "none" at all
+    mode: str = "kept",  # what exhibits may draw from, see `core.step.evidence_mode`
 ) -> int:                # 0, or 1 when a notebook failed
     "Run the book, or a part of it, and write the ledger and the report."
     begin, out = time.time(), (root()/(out or "figures")).resolve()
@@ -859,7 +868,7 @@ def reproduce(
     state = State(runs_dir().resolve()/scale/"pipeline", mode)
     with locked(state.path):
         if fresh: start_fresh(state, books, scale, everything=not only)
-        plan = Plan(books, jobs or default_jobs(), estimates(books, state.seconds()))
+        plan = Plan(books, jobs or default_jobs(), estimates(books, state.seconds(), mode))
         progress = Progress(len(books), console)
         try: run_plan(plan, state, parameters, out, progress)
         finally: progress.stop()
