@@ -813,6 +813,8 @@ def fhir_bundles(
                 f"{w}: {type(x).__name__}, not a FHIR resource; each is an object with a"
                 " resourceType"
             )
+        if not isinstance(x.get("id", ""), str):
+            raise UserError(f"{w}: the resource's id is no text but {type(x['id']).__name__}; mend it")
     if len(found) == 1 or all(x.get("resourceType") == "Bundle" for _, x in found): return found
     bundles = split_patients([x for _, x in found])
     if not bundles:
