@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TYPES', 'parse', 'imported', 'assigned', 'saved', 'Notebook', 'tree_of', 'read_text', 'read_notebook', 'notebooks',
            'uses', 'needs', 'keeping_code', 'code_of', 'made_of', 'forget', 'State', 'outputs', 'evidence_now',
-           'good_enough', 'finished', 'runnable', 'failure', 'execute', 'watch', 'child', 'surroundings', 'steps_asked',
-           'run_notebook', 'select', 'read_value', 'overrides', 'estimates', 'chains', 'Plan', 'span', 'screen',
-           'Progress', 'account', 'locked', 'made_here', 'start_fresh', 'note', 'Crew', 'carry_out', 'timetable',
-           'parameters_for', 'default_jobs', 'run_plan', 'failed', 'publish', 'conclude', 'reproduce']
+           'good_enough', 'finished', 'runnable', 'failure', 'execute', 'watch', 'child', 'mode_of', 'surroundings',
+           'steps_asked', 'run_notebook', 'select', 'read_value', 'overrides', 'estimates', 'chains', 'Plan', 'span',
+           'screen', 'Progress', 'account', 'locked', 'made_here', 'start_fresh', 'note', 'Crew', 'carry_out',
+           'timetable', 'parameters_for', 'default_jobs', 'run_plan', 'failed', 'publish', 'conclude', 'reproduce']
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-4
 import ast, json, os, re, shutil, subprocess, sys, threading, time
@@ -353,16 +353,23 @@ def child():
     os._exit(0)   # the thread still reads; nothing is left to clean up
 
 # %% ../../nbs/reproduce/pipeline.ipynb #cell-44
+def mode_of(
+    nb: Notebook,        # a chapter or an exhibit
+    mode: str,           # of the evidence, as it was asked for
+    parameters: dict,    # those that papermill sets
+) -> str:
+    "The evidence that a notebook draws from. Chapters show what this code does: they draw from nothing stale."
+    if nb.kind == "chapter" and mode != "none": return "fresh"
+    own = {k: v for k, v in parameters.items() if k != "out" and v != nb.parameters.get(k)}
+    return "stale" if mode == "kept" and own else mode     # nobody keeps evidence of another size or scale than the book's
+
 def surroundings(
     state: State,        # where stamps are kept
     workers: int,        # processes that the notebook may use
     nb: Notebook,        # a chapter or an exhibit
     parameters: dict,    # those that papermill sets
 ) -> dict:
-    "The environment in which a notebook runs. Chapters show what this code does: they draw from nothing stale."
-    mode = state.mode if nb.kind == "exhibit" or state.mode == "none" else "fresh"
-    own = {k: v for k, v in parameters.items() if k != "out" and v != nb.parameters.get(k)}
-    if mode == "kept" and own: mode = "stale"      # another size or scale than the book's: nobody keeps evidence of it
+    "The environment in which a notebook runs."
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -370,7 +377,7 @@ def surroundings(
         "M2KIT_JOBS": str(workers),
         "M2KIT_RUNS": str(runs_dir().resolve()),
         "IPYTHONDIR": str(state.path / "ipython"),
-        "M2KIT_EVIDENCE": mode,
+        "M2KIT_EVIDENCE": mode_of(nb, state.mode, parameters),
         "M2KIT_STEPS_LOG": str(state.file(nb, "steps")),
         "M2KIT_WITHIN": "",
     }
@@ -504,11 +511,11 @@ def overrides(
 def estimates(
     books: dict,   # name -> Notebook
     known: dict,   # seconds by name, from earlier runs
-    mode: str = "stale", # of the evidence: what is kept has not to be computed
+    kept=(),       # names of exhibits that are drawn from evidence alone: nothing is computed
 ) -> dict:         # seconds by name
     "How long each notebook will take, as far as one can tell."
     guess = dict(chapter=10, exhibit=20)
-    told = {n: 0 if mode == "kept" else 60*nb.parameters.get("minutes", 0) for n, nb in books.items()}
+    told = {n: 0 if n in kept else 60*nb.parameters.get("minutes", 0) for n, nb in books.items()}
     return {n: known.get(n) or told[n] or guess[nb.kind] for n, nb in books.items()}
 
 def chains(
@@ -868,7 +875,8 @@ def reproduce(
     state = State(runs_dir().resolve()/scale/"pipeline", mode)
     with locked(state.path):
         if fresh: start_fresh(state, books, scale, everything=not only)
-        plan = Plan(books, jobs or default_jobs(), estimates(books, state.seconds(), mode))
+        kept = [n for n, nb in books.items() if mode_of(nb, mode, parameters[n]) == "kept"]
+        plan = Plan(books, jobs or default_jobs(), estimates(books, state.seconds(), kept))
         progress = Progress(len(books), console)
         try: run_plan(plan, state, parameters, out, progress)
         finally: progress.stop()
