@@ -218,6 +218,8 @@ def model_config(
     "The config of a model, from what is on this machine; nothing is fetched."
     if isinstance(config, dict): return config
     for place in (config, model):
+        if not isinstance(place, (str, Path, type(None))):
+            raise UserError(f"model or config is a {type(place).__name__}; give a folder, a file or a name")
         if place in KNOWN: return KNOWN[place]
         if place and Path(place).expanduser().exists(): return config_dict(Path(place).expanduser())
     if config: raise UserError(f"config is {config!r}: neither a file here nor one of {', '.join(KNOWN)}")
