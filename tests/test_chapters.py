@@ -44,7 +44,6 @@ def test_chapter_on_another_cpu(path, cpu):
     assert passed, said
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=name)
-def test_a_notebooks_own_loop_is_not_started_again(path):
+def test_a_notebooks_own_loop_is_not_started_again():
     "In JupyterLab and under papermill a loop is running, and `asyncio.run` refuses: it gets a thread, `pool.submit(asyncio.run, work)`."
-    assert not [s for s in sources(path) if re.search(r"(?m)^[^#\n]*\basyncio\.run\(", s)]
+    assert not [name(p) for p in CHAPTERS for s in sources(p) if re.search(r"(?m)^[^#\n]*\basyncio\.run\(", s)]

@@ -108,6 +108,7 @@ def desk(tmp_path, monkeypatch):
     ("healthbench --model big --grader big --rows clinic:3 --out other", "other holds another run: another data, grader, lenient, model"),
     ("healthbench --meta-eval --grader big --rows clinic:3 --out other", "other holds another run"),
     ("healthbench --model big --grader recorded --rows clinic:3", "use --model recorded"),
+    ("healthbench --meta-eval --grader big --rows clinic:3 --budget 9", "leave out --meta-eval"),
     ("healthbench --model big --grader big --rows clinic:3 --limit 0", "0 is not in the range x>=1"),
     ("ladder --stages rule --start none", "'none' does not exist"),
 ])

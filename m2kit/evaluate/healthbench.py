@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Row', 'read_messages', 'parse_row', 'doubts', 'read_rows', 'example_score', 'example_parts', 'example_metrics',
-           'clipped_mean', 'bootstrap_std', 'Tally', 'summary', 'aggregate', 'interval', 'spread']
+           'clamped', 'clipped_mean', 'bootstrap_std', 'Tally', 'summary', 'aggregate', 'interval', 'spread']
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-4
 import re
@@ -230,6 +230,10 @@ def example_metrics(
     return {name: x for name, x in scores.items() if x is not None}
 
 # %% ../../nbs/evaluate/healthbench.ipynb #cell-36
+def clamped(x: float) -> float:
+    "A score within [0, 1]."
+    return max(0., min(1., x))
+
 def clipped_mean(
     values,        # n floats
 ) -> float:        # in [0, 1]

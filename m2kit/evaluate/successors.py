@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.errors import UserError, choose
 from ..core.files import json_lines
 from ..core.run import atomic_write, fingerprint, runs_dir
-from .healthbench import clipped_mean, parse_row
+from .healthbench import clamped, clipped_mean, parse_row
 
 # %% ../../nbs/evaluate/successors.ipynb #cell-6
 PROFESSIONAL_LABELS = ("use_case", "type", "difficulty", "specialty")
@@ -103,9 +103,10 @@ def successor_scores(
         if penalty is not None: adjusted.append(length_adjusted(d["score"], lengths[-1], penalty))
     scores = [s for some in by_question.values() for s in some]
     if not scores: raise UserError(f"{examples}: no graded answer in it")
-    out = {"overall_score": clipped_mean(scores), "score": clipped_mean(scores), "score:n_samples": len(scores),
+    mean = clipped_mean(scores)
+    out = {"overall_score": mean, "score": mean, "score:n_samples": len(scores),
            "characters": sum(lengths)/len(lengths)}
     if adjusted: out |= {"length_penalty": penalty, "overall_score_length_adjusted": clipped_mean(adjusted),
-                         "overall_score_length_adjusted:clipped_rows": clipped_mean([max(0., min(1., a)) for a in adjusted])}
+                         "overall_score_length_adjusted:clipped_rows": clipped_mean([clamped(a) for a in adjusted])}
     worst = {k: worst_at_k(by_question, k) for k in ks}
     return out | {f"worst_at_{k}": w for k, w in worst.items() if w is not None}

@@ -204,9 +204,11 @@ def _check_fields(a: dict) -> dict:
     for k, most in dict(utilization=1, overhead=1e6).items():
         if not isinstance(a[k], (int, float)) or isinstance(a[k], bool) or not 0 <= a[k] <= most:
             raise UserError(f"{k} is {a[k]!r}; it must be a number from 0 to {most:g}")
-    for k in ("weights", "draft"):
+    for k in ("weights", "draft", "model"):
         if a[k] is not None and not isinstance(a[k], str):
             raise UserError(f"{k} is {a[k]!r}; it must be a name")
+    if not isinstance(a["config"], (str, Path, dict, type(None))):
+        raise UserError(f"config is {a['config']!r}; it must be a path, a name or an object")
     if a["weights"] is not None: choose(a["weights"], LAYOUTS, "weight layout")
     a["kv"] = KV_NAMES[choose(str(a["kv"]).upper(), KV_NAMES, "cache dtype that an engine serves")]
     return a | dict(card=card_named(a["card"]))
@@ -218,8 +220,6 @@ def model_config(
     "The config of a model, from what is on this machine; nothing is fetched."
     if isinstance(config, dict): return config
     for place in (config, model):
-        if not isinstance(place, (str, Path, type(None))):
-            raise UserError(f"model or config is a {type(place).__name__}; give a folder, a file or a name")
         if place in KNOWN: return KNOWN[place]
         if place and Path(place).expanduser().exists(): return config_dict(Path(place).expanduser())
     if config: raise UserError(f"config is {config!r}: neither a file here nor one of {', '.join(KNOWN)}")

@@ -796,15 +796,15 @@ def estimate_benchmark(
 def budget_of(
     o,           # the options
     grader,      # of `grader_of`
+    rows,        # of `rows_of`
 ):               # called with lines of progress
     "Who is told of the run's progress."
     from m2kit.evaluate.budget import TokenBudget, read_prices
     from m2kit.evaluate.harness import default_folder, label, to_stderr
     from m2kit.evaluate.source import find_rows
     if not o.budget: return to_stderr
-    rows = find_rows(rows_of(o), o.subset, o.fetch, to_stderr)
-    folder = o.out or default_folder(label(o.model, o.physician), rows, label(grader))
-    return TokenBudget(o.budget, folder, read_prices(o.prices))
+    named = lambda: default_folder(label(o.model, o.physician), find_rows(rows, o.subset, o.fetch, to_stderr), label(grader))
+    return TokenBudget(o.budget, o.out or named(), read_prices(o.prices))
 
 # %% ../../nbs/reproduce/cli.ipynb #b621a07b
 def run_benchmark(
@@ -815,8 +815,9 @@ def run_benchmark(
     from m2kit.evaluate.meta import meta_text, run_meta
     from m2kit.lm.open import default_sampling
     grader, grading = grader_of(o), dict(order=o.order, typed=not o.unified, retries=o.retries, constrain=o.constrain)
+    rows = rows_of(o)
     common = dict(
-        rows=rows_of(o), limit=o.limit, out=o.out, seed=o.seed, fetch=o.fetch,
+        rows=rows, limit=o.limit, out=o.out, seed=o.seed, fetch=o.fetch,
         options=dict(concurrency=o.concurrency, timeout=o.timeout),
         grading=grading if isinstance(grader, str) else None)
     if o.meta_eval: return (r := run_meta(grader, **common)), meta_text(r)
@@ -824,7 +825,7 @@ def run_benchmark(
     sampling = default_sampling(o.model, o.seed, **given) if any(given.values()) or o.temperature == 0 else None
     r = run_healthbench(
         o.model, grader, subset=o.subset, repeats=o.repeats, physician=o.physician, group=o.group,
-        sampling=sampling, pages=not o.no_pages, lenient=o.lenient, tell=budget_of(o, grader), **common)
+        sampling=sampling, pages=not o.no_pages, lenient=o.lenient, tell=budget_of(o, grader, rows), **common)
     return r, as_text(r) + successors_text(r, o.length_adjust)
 
 def successors_text(
@@ -862,6 +863,8 @@ def healthbench(**options):
             "recorded verdicts are verdicts on the recorded answers: use --model recorded with"
             " --grader recorded"
         )
+    if o.meta_eval and (o.estimate or o.budget or o.length_adjust):
+        raise UserError("--estimate, --budget and --length-adjust are of a benchmark's run; leave them out, or leave out --meta-eval")
     if o.estimate: print_visible(estimate_benchmark(o)); return 0
     result, text = run_benchmark(o)
     run = result["this_run"]

@@ -18,7 +18,7 @@ from ..core.errors import UserError
 from ..core.run import atomic_write, data_dir
 from ..lm import chat, reply, spell
 from ..lm.chat import FunctionModel, Sampling
-from .live import live_css, script_of
+from .live import chapter_links, live_css, script_of
 from ..rubrics.reference import reference_rubric
 from ..service import feedback as grading
 from ..service.consult import hints
@@ -208,8 +208,7 @@ def consult_page(
     books: dict,      # name -> Notebook: chapters to link to, where they are there
 ) -> str:             # Markdown
     "The page of the site."
-    chapters = [books[n] for n in ("reproduce/consult_page", "simulator/patient", "service/feedback") if n in books]
-    links = " · ".join(f"[{b.title}]({b.path.parent.name}/{b.path.name})" for b in chapters)
+    links = chapter_links(("reproduce/consult_page", "simulator/patient", "service/feedback"), books)
     scripts = "\n".join(f'<script defer src="_static/{n}"></script>' for n in consult_order(files))
     return (f'# Be the doctor\n\n{CONSULT_ABOUT}\n\n<div class="m2-live" id="m2-consult"><p>Loading the models, some 6 MB ...</p></div>\n'
             f'<noscript><p>The consult needs JavaScript.</p></noscript>\n\n'

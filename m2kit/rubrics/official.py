@@ -11,7 +11,7 @@ import ast, json, re
 from hashlib import sha256
 from ..core.errors import UserError
 from ..core.files import read_text
-from ..lm.chat import ChatModel, Content, Sampling
+from ..lm.chat import ChatModel, Content, Sampling, written_down
 from ..lm.reply import section
 from .grade import FIELD, GradeReport, LMGrader, field_of
 from .rubric import Criterion, Verdict
@@ -53,7 +53,7 @@ def official_prompt(
 ) -> list[dict]:               # messages: the system's words, and one of the user
     "HealthBench's question about one criterion."
     turns = [*conversation, dict(role="assistant", content=answer)]
-    talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    talk = written_down(turns)
     item = f"[{criterion.points}] {criterion.text}"
     text = template.replace("<<conversation>>", talk).replace("<<rubric_item>>", item)
     return [dict(role="system", content=OFFICIAL_SYSTEM), dict(role="user", content=text)]
@@ -142,7 +142,7 @@ def paper_prompt(
     "Appendix A's question: task, conversation, item with its points, instructions, format."
     words = _KINDS[criterion.positive]
     turns = [*conversation, dict(role="assistant", content=answer)]
-    talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in turns)
+    talk = written_down(turns)
     parts = [_TASK.format(**words), "# Conversation", section("conversation", talk), "# Rubric item",
              section("criterion", f"[{criterion.points}] {criterion.text}"), _FIELDS.format(**words)]
     return [dict(role="user", content=Content.joined(parts, own=[0, 1, 3, 5]))]

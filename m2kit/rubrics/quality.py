@@ -15,7 +15,7 @@ from ..clinic.language import read_clauses, say
 from ..clinic.synthesize import answer, opening
 from ..core.errors import UserError
 from ..core.stats import over_cases
-from ..lm.chat import ChatModel, Content, Sampling
+from ..lm.chat import ChatModel, Content, Sampling, written_down
 from ..lm.reply import as_bool, json_objects, section
 from .grade import GradeReport
 from .reference import ClauseGrader, reference_rubric
@@ -128,9 +128,8 @@ def all_items_prompt(
     criteria: list,                    # of `Criterion`
 ) -> list[dict]:                       # messages
     "One question about all criteria."
-    talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in conversation)
     listed = "\n".join(f"{i}. {c.text}" for i, c in enumerate(criteria, 1))
-    parts = [section("conversation", talk), section("answer", answer), section("criterion", listed)]
+    parts = [section("conversation", written_down(conversation)), section("answer", answer), section("criterion", listed)]
     return [dict(role="system", content=ALL_ITEMS), dict(role="user", content=Content.joined(parts))]
 
 def read_all_items(
