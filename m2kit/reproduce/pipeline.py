@@ -315,6 +315,8 @@ def execute(
     job: dict, # source, executed, parameters
 ) -> dict:     # {"status": "done"}, or "failed" or "left" with `failure`'s keys
     "Execute a notebook in a kernel of its own and keep the executed copy; what its cells raise comes back as a result."
+    # for jsonschema this builds a grammar of web addresses, three seconds long; notebooks need none
+    sys.modules.setdefault("rfc3987_syntax", None)
     import nbformat, papermill
     source, executed = job["source"], job["executed"]
     nb = runnable(nbformat.read(source, as_version=4))
