@@ -26,7 +26,7 @@ def test_the_published_template_is_read_and_filled():
 def test_both_codes_render_the_same_prompt():
     "simple-evals' own grade_sample with a sampler that keeps what it is asked."
     script = r"""
-import json, os, sys, types
+import importlib, json, os, sys, types
 where = os.environ["M2KIT_SIMPLE_EVALS"].rstrip("/")
 sys.path.insert(0, os.path.dirname(where))
 m = importlib.import_module(os.path.basename(where) + ".healthbench_eval")

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['ALL_ITEMS', 'agreement_of', 'item_rows', 'grader_quality', 'evidence_twin', 'twin_pairs', 'twin_scores',
-           'all_items_prompt', 'read_all_items', 'OneCallGrader']
+           'reworded_answer', 'same_facts', 'favours', 'self_preference', 'answer_nats', 'likelier_own',
+           'all_items_prompt', 'read_all_items', 'OneCallGrader', 'CallMeter', 'one_or_all']
 
 # %% ../../nbs/rubrics/quality.ipynb #cell-4
-import json, random
+import json, random, re
 from collections import defaultdict
 from dataclasses import replace
 from ..clinic.knowledge import conditions
-from ..clinic.language import read_clauses, say
+from ..clinic.language import FILLER, KINDS, read_clauses, say
 from ..clinic.synthesize import answer, opening
 from ..core.errors import UserError
-from ..core.stats import over_cases
+from ..core.stats import over_cases, wilson
 from ..lm.chat import ChatModel, Content, Sampling, written_down
 from ..lm.reply import as_bool, json_objects, section
-from .grade import GradeReport
+from .grade import GradeReport, LMGrader
 from .reference import ClauseGrader, reference_rubric
-from .rubric import Criterion, Verdict
+from .rubric import Criterion, Verdict, score
 
 # %% ../../nbs/rubrics/quality.ipynb #cell-6
 def agreement_of(
@@ -114,6 +115,73 @@ def twin_scores(
     return dict(noticed=sum(noticed)/len(noticed), steady=sum(steady)/max(1, len(steady)),
                 exact=over_cases(exact, "pairs"), pairs=len(pairs))
 
+# %% ../../nbs/rubrics/quality.ipynb #b989ec49
+def reworded_answer(
+    text: str,           # an answer in the clinic's language
+    rng: random.Random,  # of the forms
+) -> str:
+    "The same clauses in other forms, filler in the places of filler: the same facts in another's words."
+    def other(c):
+        if c.kind == "filler": return say("filler", rng.choice([i for i in range(len(FILLER)) if str(i) != c.item]))
+        return say(c.kind, c.item, rng.choice([f for f in (0, 1, 2) if f != c.form])) if c.kind in KINDS else c.item
+    return " ".join(map(other, read_clauses(text)))
+
+def same_facts(
+    items: list,         # (conversation, own answer, rubric) triples of the clinic
+    seed: int = 0,
+) -> list:               # (own item, reworded item), wherever the exact labels are the same
+    "Answers beside the same answers in another's words."
+    rng = random.Random(seed)
+    pairs = [((t, text, r), (t, reworded_answer(text, rng), r)) for t, text, r in items]
+    truth = ClauseGrader().grade([x for p in pairs for x in p])
+    return [p for p, a, b in zip(pairs, truth[::2], truth[1::2]) if [v.met for v in a] == [v.met for v in b] and p[0] != p[1]]
+
+# %% ../../nbs/rubrics/quality.ipynb #ec85efea
+def favours(
+    grader,              # with a method `grade`
+    pairs: list,         # of `same_facts`
+) -> list:               # one a pair: own score minus the reworded answer's; None where one is unknown
+    "What a grader gives to own words, by pair; exact labels give 0."
+    told = grader.grade([x for p in pairs for x in p])
+    scores = [score(p[0][2], v, clip=False) for p, v in zip([p for p in pairs for _ in range(2)], told)]
+    return [None if None in ab else ab[0] - ab[1] for ab in zip(scores[::2], scores[1::2])]
+
+def self_preference(
+    grader,              # whose weights wrote the own answers
+    pairs: list,         # of `same_facts`
+    other=None,          # a grader with other weights
+) -> dict:               # favour: points of the score; beyond: what is left without the other's favour; unscored: pairs
+    "Does a grader give its own words more than the same facts in other words?"
+    if not pairs: raise UserError("no answers with the same facts in two wordings")
+    own, its = favours(grader, pairs), favours(other, pairs) if other else [0.]*len(pairs)
+    both = [(a, b) for a, b in zip(own, its) if None not in (a, b)]
+    if not both: raise UserError("no pair has both scores: every one holds an unknown verdict")
+    out = dict(favour=over_cases([a for a, _ in both], "pairs"), unscored=len(pairs) - len(both))
+    return out | (dict(beyond=over_cases([a - b for a, b in both], "pairs")) if other else {})
+
+# %% ../../nbs/rubrics/quality.ipynb #b162458b
+def answer_nats(
+    model,               # a `LocalModel`
+    conversation: list,  # messages
+    text: str,           # an answer to it
+) -> float:              # nats a token; lower is likelier
+    "How far an answer is from what the model would say."
+    import torch
+    prompt = model.encode([conversation], 0)[0]
+    if isinstance(prompt, UserError): raise prompt
+    ids = model.tok(text, add_special_tokens=False)["input_ids"]
+    row = torch.tensor([[*prompt, *ids]], device=model.model.device)
+    with torch.no_grad(): logits = model.model(row).logits[0, len(prompt) - 1:-1]
+    return -logits.float().log_softmax(-1)[range(len(ids)), ids].mean().item()
+
+def likelier_own(
+    nats,                # (conversation, answer) -> nats a token
+    pairs: list,         # of `same_facts`
+):                       # an `Estimate`: share of pairs, Wilson
+    "How often a model finds its own words likelier than the same facts in other words."
+    if not pairs: raise UserError("no answers with the same facts in two wordings")
+    return wilson(sum(nats(*a[:2]) < nats(*b[:2]) for a, b in pairs), len(pairs), unit="pairs")
+
 # %% ../../nbs/rubrics/quality.ipynb #cell-17
 ALL_ITEMS = """You check a list of statements about an answer that was given in a medical conversation.
 You get the conversation, then the answer, then the numbered statements. They are material to judge; \
@@ -176,3 +244,39 @@ class OneCallGrader:
                 out[i] = [n if o.met is None else o for o, n in zip(out[i], new)]
         self.report.verdicts += sum(map(len, out)); self.report.unknown += sum(v.met is None for vs in out for v in vs)
         return out
+
+# %% ../../nbs/rubrics/quality.ipynb #73174ddd
+class CallMeter:
+    "A model that counts what it is asked, in the model's own tokens, or words and marks where it does not say."
+    def __init__(self, model: ChatModel): self.model, self.calls, self.read, self.written = model, 0, 0, 0
+
+    @property
+    def name(self) -> str: return self.model.name
+
+    def chat(self, dialogues, sampling=Sampling(), samples=None, on_done=None) -> list:
+        "As the model."
+        out = self.model.chat(dialogues, sampling, samples, on_done)
+        words = lambda *texts: sum(len(re.findall(r"\w+|[^\w\s]", t)) for t in texts)
+        for d, c in zip(dialogues, out):
+            self.calls += 1
+            self.read += words(*(m["content"] for m in d)) if c.prompt_tokens is None else c.prompt_tokens
+            self.written += words(c.text) if c.completion_tokens is None else c.completion_tokens
+        return out
+
+def one_or_all(
+    model: ChatModel,
+    items: list,           # (conversation, answer, rubric) triples
+    labels: list,          # of each, verdicts that are right
+    sampling: Sampling = Sampling(temperature=0, max_tokens=4096),
+    retries: int = 0,      # for what is unknown; 0 counts first replies
+) -> dict:                 # form -> calls, read, written and `agreement_of`; difference
+    "One call an item beside one call for all items."
+    forms = {"one call an item": lambda m: LMGrader(m, sampling, retries=retries, order="shared"),
+             "all items in one call": lambda m: OneCallGrader(m, sampling, retries=retries)}
+    out, right = {}, []
+    for name, form in forms.items():
+        told = form(meter := CallMeter(model)).grade(items)
+        pairs = [[(l.met, v.met) for l, v in zip(ls, vs, strict=True)] for ls, vs in zip(labels, told, strict=True)]
+        out[name] = dict(calls=meter.calls, read=meter.read, written=meter.written) | agreement_of(sum(pairs, []))
+        right.append([sum(l is v for l, v in p)/len(p) for p in pairs])
+    return out | dict(difference=over_cases([b - a for a, b in zip(*right)], "answers"))
