@@ -73,7 +73,8 @@ clean: ## remove what was built, not what was computed: .venv, _proc, _docs
 
 # A stamp is the last thing a set-up writes, so one that was interrupted is done again. What a larger set-up contains counts as done.
 SOURCES := settings.ini constraints.txt setup.py pyproject.toml
-INSTALL = $(BIN)/python -m pip install -c constraints.txt -e
+# Modules are compiled when they are first imported; most of them never are.
+INSTALL = $(BIN)/python -m pip install --no-compile -c constraints.txt -e
 
 $(VENV)/.python:
 	@[ -n "$(PYTHON)" ] || { echo "m2kit needs Python 3.11, 3.12, 3.13 or 3.14, and finds none of them. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
