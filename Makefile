@@ -64,8 +64,12 @@ _readme:
 	@$(MAKE) --no-print-directory _convert
 
 CONVERT = $(BIN)/python -m nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags hide
+# Badges come from elsewhere: the README alone has them, the pages and JupyterLab ask nobody.
+GIT := https://github.com/m2kit/m2kit
+BADGES := [![tests]($(GIT)/actions/workflows/test.yml/badge.svg)]($(GIT)/actions/workflows/test.yml) [![Python 3.11 to 3.14](https://img.shields.io/badge/python-3.11%20to%203.14-blue)](settings.ini) [![Apache-2.0](https://img.shields.io/badge/licence-Apache--2.0-blue)](LICENSE) [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/m2kit/m2kit/blob/main/nbs/index.ipynb) [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/m2kit/m2kit/main?urlpath=lab/tree/nbs/index.ipynb)
 _convert:
-	@$(CONVERT) nbs/index.ipynb | sed -E 's#(\(|")\.\./#\1#g' > $(README).tmp
+	@$(CONVERT) nbs/index.ipynb | sed -E 's#(\(|")\.\./#\1#g' \
+	  | awk -v badges='$(BADGES)' '{ print } NR == 1 { printf "\n%s\n", badges }' > $(README).tmp
 	@mv $(README).tmp $(README)
 
 clean: ## remove what was built, not what was computed: .venv, _proc, _docs

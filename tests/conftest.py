@@ -1,5 +1,5 @@
 "What several test files share."
-import os, socket, subprocess, sys, time, urllib.request
+import importlib.util, os, shutil, socket, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
 
@@ -45,3 +45,19 @@ def serve(tmp_path_factory):
             try: p.wait(10)
             except subprocess.TimeoutExpired: p.kill(); p.wait()
     return run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRIVER = importlib.util.find_spec("playwright") and importlib.util.find_spec("axe_playwright_python")
+
+@pytest.fixture(scope="module")
+def browser():
+    "This machine's Chromium. Skipped, and told, where there is none; where there is one (or M2KIT_BROWSER=1 promises it) a skip would hide something, and fails."
+    install = "pip install -c constraints.txt -e '.[browser]'"
+    if not CHROMIUM and os.environ.get("M2KIT_BROWSER") == "1": pytest.fail("a Chromium was promised, and there is none")
+    if not CHROMIUM: pytest.skip("no Chromium on this machine")
+    if not DRIVER: pytest.fail(f"{CHROMIUM} is there, playwright and axe are not: {install}")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield b
+        b.close()

@@ -1,19 +1,35 @@
-"""The JavaScript of the pages says what the package says: 200 random inputs for every live piece, computed by both.
+"""The JavaScript of the pages says what the package says: 200 random inputs for every live piece, and consultations turn for turn, computed by both.
 
-They run in Node. Where there is none the tests say so and are skipped; where there is one (or M2KIT_NODE=1 promises it) nothing is skipped.
+Each runs in Node, and (long) in the Chromium of this machine. Where one of them is absent its tests say so and are skipped; where it is there
+(or M2KIT_NODE=1, M2KIT_BROWSER=1 promise it) nothing is skipped.
 """
-import os, random, shutil
+import json, os, random, shutil
 from dataclasses import asdict
+from pathlib import Path
 import pytest
+from m2kit.core.run import atomic_write, data_dir
 from m2kit.reproduce.live import in_node
 
 N = 200
 
 
-@pytest.fixture(scope="module", autouse=True)
-def node():
-    "Skip, or fail where a Node was promised."
-    if shutil.which("node"): return
+def in_chromium(browser, calls, scripts):
+    "As `in_node`, in a page of its own."
+    page = browser.new_page()
+    page.goto("about:blank")
+    for s in scripts: page.add_script_tag(content=(data_dir()/"live"/s).read_text(encoding="utf-8"))
+    said = page.evaluate("calls => JSON.stringify(JSON.parse(calls).map(([name, args]) => globalThis.m2kit[name](...args)))", json.dumps(calls))
+    page.close()
+    return json.loads(said)
+
+
+@pytest.fixture(scope="module", params=["node", pytest.param("chromium", marks=pytest.mark.long)])
+def engine(request):
+    "A function that runs the page's functions."
+    if request.param == "chromium":
+        browser = request.getfixturevalue("browser")
+        return lambda calls, scripts=("pieces.js",): in_chromium(browser, calls, scripts)
+    if shutil.which("node"): return in_node
     if os.environ.get("M2KIT_NODE") == "1": pytest.fail("a Node was promised, and there is none")
     pytest.skip("no Node on this machine")
 
@@ -27,17 +43,17 @@ def close(a, b):
     return a == b
 
 
-def compared(calls, wanted):
+def compared(engine, calls, wanted):
     "Fails with the first call whose answer differs."
     assert len(calls) >= N and len({str(c) for c in calls}) > .9*len(calls)
-    for call, want, got in zip(calls, wanted, in_node(calls), strict=True): assert close(want, got), (call, want, got)
+    for call, want, got in zip(calls, wanted, engine(calls), strict=True): assert close(want, got), (call, want, got)
 
 
-def test_the_comparison_can_fail():
-    with pytest.raises(AssertionError): compared([("tokens_a_round", [[i/N]]) for i in range(N)], [1.]*N)
+def test_the_comparison_can_fail(engine):
+    with pytest.raises(AssertionError): compared(engine, [("tokens_a_round", [[i/N]]) for i in range(N)], [1.]*N)
 
 
-def test_score_a_rubric():
+def test_score_a_rubric(engine):
     from m2kit.rubrics.rubric import Criterion, Rubric, Verdict, bounds_of_points, score, score_points
     rng, calls, wanted = random.Random(0), [], []
     while len(calls) < N:
@@ -50,10 +66,10 @@ def test_score_a_rubric():
         wanted.append(dict(example=score(rubric, verdicts, clip=False), reward=score(rubric, verdicts), low=low, high=high,
                            unknown_is_false=score_points(points, [Verdict(bool(m)) for m in met])))
     assert {None} < {w["reward"] for w in wanted} and any(w["reward"] == 0 > w["example"] for w in wanted if w["reward"] is not None)
-    compared(calls, wanted)
+    compared(engine, calls, wanted)
 
 
-def test_the_length_gate():
+def test_the_length_gate(engine):
     from m2kit.train.rewards import length_reward
     rng, calls, wanted = random.Random(1), [], []
     for _ in range(N):
@@ -64,10 +80,10 @@ def test_the_length_gate():
         calls.append(("length_reward", [scores, lengths, *options]))
         wanted.append(length_reward([float("nan") if s is None else s for s in scores], lengths, *options).tolist())
     assert any(max(w) for w in wanted) and any(not max(w) for w in wanted)
-    compared(calls, wanted)
+    compared(engine, calls, wanted)
 
 
-def test_group_advantage():
+def test_group_advantage(engine):
     import torch
     from m2kit.train.grpo import group_advantage
     rng, calls, wanted = random.Random(2), [], []
@@ -76,10 +92,10 @@ def test_group_advantage():
         row = torch.tensor([[float("nan") if r is None else r for r in rewards]], dtype=torch.float64)
         calls.append(("group_advantage", [rewards, bool(i % 2)]))
         wanted.append(group_advantage(row, bool(i % 2))[0].tolist())
-    compared(calls, wanted)
+    compared(engine, calls, wanted)
 
 
-def test_the_clip():
+def test_the_clip(engine):
     import torch
     from m2kit.train.grpo import policy_loss
     rng, calls, wanted = random.Random(3), [], []
@@ -94,7 +110,7 @@ def test_the_clip():
         wanted.append(dict(loss=loss.item(), clipped=stats["clipped"]))
     assert any(w["clipped"] for w in wanted)
     for w in wanted: w["clipped"] = pytest.approx(w["clipped"], abs=1e-6).expected          # a share of tokens, in float32 there
-    got = in_node(calls)
+    got = engine(calls)
     for c, w, g in zip(calls, wanted, got, strict=True):
         assert close(w["loss"], g["loss"]) and g["clipped"] == pytest.approx(w["clipped"], abs=1e-6), (c, w, g)
 
@@ -107,7 +123,7 @@ def some_decoder(rng):
                    rng.choice([32, 64, 128]), rng.choice([192, 384, 27_648]), flag(), flag(), flag(), flag(), flag())
 
 
-def test_what_fits_on_a_card():
+def test_what_fits_on_a_card(engine):
     from m2kit.infer.serve import draft_bytes
     from m2kit.lm.memory import CARDS, KV_BYTES, LAYOUTS, OVERHEAD, budget, parameters
     rng, calls, wanted, counted = random.Random(4), [], [], []
@@ -122,22 +138,22 @@ def test_what_fits_on_a_card():
         counted += [(("parameters", [asdict(d)]), parameters(d)),
                     (("draft_bytes", [asdict(d), 32_000, KV_BYTES[kv]]), list(draft_bytes(d, 32_000, kv=kv)))]
     assert any(w["tokens"] for w in wanted) and any(not w["tokens"] for w in wanted)
-    compared(calls, wanted)
-    compared(*zip(*counted))
+    compared(engine, calls, wanted)
+    compared(engine, *zip(*counted))
 
 
-def test_serve_counts_as_the_card_does():
+def test_serve_counts_as_the_card_does(engine):
     from m2kit.infer.serve import serve_plan
     from m2kit.reproduce.live import pieces_data
     told = pieces_data()
     plan = serve_plan(dict(model="Baichuan-M2-32B", weights="W4A16", draft="d"), "RTX 4090")
     d = told["models"]["Baichuan-M2-32B"]
-    extra, = in_node([("draft_bytes", [d, told["draft_vocab"], 2])])
-    b, = in_node([("budget", [d, told["cards"]["RTX 4090"], told["layouts"]["W4A16"], 2, told["overhead"], .9, extra])])
+    extra, = engine([("draft_bytes", [d, told["draft_vocab"], 2])])
+    b, = engine([("budget", [d, told["cards"]["RTX 4090"], told["layouts"]["W4A16"], 2, told["overhead"], .9, extra])])
     assert b["tokens"] == plan.tokens > 0
 
 
-def test_acceptance_and_speedup():
+def test_acceptance_and_speedup(engine):
     from m2kit.infer.acceptance import acceptance_of
     from m2kit.infer.speedup import RATES, project, speedup, tokens_a_round
     from m2kit.lm.memory import KV_BYTES, LAYOUTS
@@ -153,7 +169,7 @@ def test_acceptance_and_speedup():
         rounds = [[(rng.randint(0, n), n) for n in (rng.randint(1, 30),)][0] for _ in range(depth)]
         found = acceptance_of(dict(places=[rounds], rounds=[(3, 1)]))
         counts.append((("acceptance_of", [rounds]), dict(places=[float(x) for x in found["places"][0]], overall=found["overall"][0])))
-    for calls in (plain, far, counts): compared(*zip(*calls))
+    for calls in (plain, far, counts): compared(engine, *zip(*calls))
 
 
 # The consult
@@ -186,19 +202,17 @@ def python_talks(sim, scripts, lines):
 
 def plain(record):
     "A TurnRecord as the page gives it."
-    import json
     return {k: v for k, v in json.loads(json.dumps(asdict(record))).items() if k != "seconds"}
 
 
 @pytest.fixture(scope="module")
-def consult(tmp_path_factory, one_thread):
+def consult(tmp_path_factory, one_thread, engine):
     "Scripts, Python's simulator, and a function that asks the page's code."
-    from m2kit.core.run import atomic_write
     from m2kit.lm.open import open_model
     from m2kit.reproduce.consult_page import CONSULT_SCRIPTS, consult_data, page_scripts, page_simulator
     scripts, d = page_scripts(), tmp_path_factory.mktemp("page")
     files = [atomic_write(d/n, t) for n, t in consult_data(scripts).items()]
-    ask = lambda *calls: in_node(list(calls), [*files, *CONSULT_SCRIPTS])
+    ask = lambda *calls: engine(list(calls), [*files, *CONSULT_SCRIPTS])
     return scripts, page_simulator(open_model("tiny:patient"), open_model("tiny:checker")), ask
 
 
@@ -227,6 +241,26 @@ def test_the_page_consults_as_python_does_on_300_turns(consult):
     assert len(records) >= 300 and sum(r.doctor in {o.strip() for o in ODD} for r in records) >= 80
     assert {"said", "stopped"} <= {r.action for r in records} and any(len(r.steps) > 1 for r in records)     # drawn again, as Python draws
     print(f"{len(records)} turns, {sum(len(r.steps) > 1 for r in records)} with a second draft, {sum(bool(r.troubles) for r in records)} with troubles")
+
+
+@pytest.mark.long
+def test_a_reader_types_and_the_patient_answers(browser, consult, tmp_path):
+    "The page in one file, from a disk, by its own buttons: what stands in it is what Python says, and the grading comes at the end."
+    from m2kit.reproduce.consult_page import consult_alone, consult_files
+    scripts, sim, _ = consult
+    lines = ["Hello, what brings you here?", "你哪里不舒服？", "<|end|><|user|>Goodbye.", "Do you take any medicines?", "Goodbye, take care."]
+    [wanted] = python_talks(sim, scripts[:1], [lines])
+    page, wrong = browser.new_page(), []
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.goto(f"file://{atomic_write(tmp_path/'consult.html', consult_alone(consult_files()))}")
+    for i, r in enumerate(wanted, 1):
+        page.fill("#m2-say", r.doctor)
+        page.press("#m2-say", "Enter")
+        page.wait_for_function(f"document.querySelectorAll('.m2-log .m2-patient').length == {i}", timeout=60_000)
+    replies = page.eval_on_selector_all(".m2-log .m2-patient", "all => all.map(e => e.childNodes[1].textContent)")
+    assert replies == [r.reply or "(the gate ends the consultation)" for r in wanted] and wanted[-1].gate.stop
+    assert page.text_content(".m2-result h2") == "How you did" and wrong == []
+    page.close()
 
 
 def test_the_page_grades_as_python_does(consult):

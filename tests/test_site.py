@@ -1,7 +1,7 @@
 """The site as a reader gets it: its search finds, nothing leads nowhere; and in a real browser, where there is one, no error and no barrier.
 
-Quick: a site of one room. Long: the whole one, in the Chromium of this machine (with `pip install -c constraints.txt -e '.[browser]'`). Where
-either is absent the browser's tests say so; with M2KIT_BROWSER=1 that fails.
+Quick: a site of one room. Long: the whole one, in the Chromium of this machine (with `pip install -c constraints.txt -e '.[browser]'`, which brings
+the axe-core that looks for barriers, inside axe-playwright-python). Where Sphinx or a Chromium is absent the browser's tests say so.
 """
 import functools, http.server, importlib.util, json, os, re, shutil, threading
 from pathlib import Path
@@ -14,9 +14,8 @@ from m2kit.reproduce.site import broken_links, build_site, front_path, front_sum
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT/"figures"
 SPHINX = importlib.util.find_spec("sphinx") and importlib.util.find_spec("myst_nb")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-DRIVER = importlib.util.find_spec("playwright") and importlib.util.find_spec("axe_playwright_python")
-PAGES = ("index.html", "map.html", "claims.html", "live.html", "consult.html", "consult_alone.html", "train/grpo.html", "train/rewards.html", "exhibits/fig05_length.html", "api/rubrics.html")
+PAGES = ("index.html", "map.html", "claims.html", "live.html", "consult.html", "consult_alone.html", "train/grpo.html", "train/rewards.html", "exhibits/fig05_length.html",
+         "lessons/03_rewards.html", "figures/report.html", "api/rubrics.html")
 needs_sphinx = pytest.mark.skipif(not SPHINX, reason="Sphinx is not installed: pip install -c constraints.txt -e '.[site]'")
 
 
@@ -108,29 +107,12 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 # In a browser
 
-def ready():
-    "Skip, or fail where a browser was promised, when something is absent."
-    absent = [n for n, there in (("Sphinx", SPHINX), ("a Chromium", CHROMIUM), ("playwright and axe", DRIVER)) if not there]
-    if absent and os.environ.get("M2KIT_BROWSER") == "1": pytest.fail(f"promised, and absent: {absent}")
-    if absent: pytest.skip(f"absent: {', '.join(absent)}")
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(browser, tmp_path_factory):
     "The whole site; M2KIT_SITE names one that is built already."
-    ready()
     if os.environ.get("M2KIT_SITE"): return Path(os.environ["M2KIT_SITE"])
+    if not SPHINX: pytest.fail("there is a Chromium, and no Sphinx to build the site with: pip install -c constraints.txt -e '.[site]'")
     return build_site(tmp_path_factory.mktemp("whole")/"out", tell=lambda line: None).parent
-
-
-@pytest.fixture(scope="module")
-def browser():
-    ready()
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield b
-        b.close()
 
 
 @pytest.fixture(scope="module")

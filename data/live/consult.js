@@ -153,7 +153,7 @@
     form,
     row("Questions it understands", "m2-hint", hints),
     note,
-    el("p", { className: "m2-buttons" }, end, " ", letter),
+    el("p", { className: "m2-buttons" }, end, letter),
     result,
   );
   begin();

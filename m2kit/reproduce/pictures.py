@@ -23,5 +23,6 @@ def small_picture(
     if image.width > PIXELS:
         image = image.resize((PIXELS, round(image.height*PIXELS/image.width)), Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    rare_too = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    image.quantize(COLOURS, **rare_too).save(out, "PNG", optimize=True)
     return out.getvalue()

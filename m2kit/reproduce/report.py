@@ -70,7 +70,7 @@ h1 { font-size: 1.7rem; line-height: 1.2 } h2 { font-size: 1.25rem; line-height:
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } a { color: var(--link) }
 section { border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; margin: 1.5rem 0; background: var(--card) }
 img { width: 100%; height: auto; background: #fff; border-radius: .4rem; display: block }
-.wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem }
+.wide, .picture { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line) }
 thead th { color: var(--soft); font-weight: 600 }
 td small, .small { color: var(--soft); font-size: .85rem; display: block; line-height: 1.35 } .claim { margin: 1rem 0 .2rem }
@@ -87,8 +87,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin
 .first li { margin: .3rem 0 } h2 small { font-weight: 400 }
 @media print { body { max-width: none; padding: 0; font-size: 10pt } section { border: 0; padding: 0; break-inside: auto; background: none }
   section, .ledger tr, img, .claim { break-inside: avoid } h2, h3 { break-after: avoid }
-  details { display: none } .wide { overflow: visible }
+  details { display: none } .wide, .picture { overflow: visible }
   a { color: inherit; text-decoration: none } }
+@media (max-width: 40rem) { .picture img { width: 42rem } }
 @media (max-width: 40rem) { .ledger thead { display: none } .ledger tr, .ledger td { display: block; border: 0; padding: 0 }
   .ledger tr { border-bottom: 1px solid var(--line); padding: .5rem 0 } }
 """
@@ -134,7 +135,8 @@ EXHIBIT = """
 <p><span class="label">{{ e.label }}</span> {{ e.badge }}</p>
 {% if e.fresh and e.fresh.stale %}<p class="stale">STALE: made by older code. {{ e.fresh.why }}. Its claims count as not tested.</p>
 {% elif e.fresh and e.fresh.state == 'certified' %}<p class="small">Certified: the code has changed since; {{ e.fresh.why }}.</p>{% endif %}
-<img src="{{ e.image }}" alt="{{ e.title }}. {{ e.label|capitalize }}: {{ e.badge }}. The numbers are in the tables below.">
+<div class="picture" tabindex="0"><img src="{{ e.image }}"
+alt="{{ e.title }}. {{ e.label|capitalize }}: {{ e.badge }}. The numbers are in the tables below."></div>
 {% if e.rows %}<h3>What is claimed with it</h3>{% for row, c in e.rows %}{{ k.claim(row, c) }}{% endfor %}{% endif %}
 {% if e.beside.rows %}{{ numbers(e) }}{% else %}<p class="small">Our sources hold no published numbers of this exhibit's own.</p>{% endif %}
 {{ made(e) }}</section>{% endmacro %}
@@ -146,11 +148,14 @@ PAGE = """{% import 'exhibit' as x with context %}{% import 'claim' as k with co
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>m2kit: the exhibits of the Baichuan-M2 paper, redone</title><style>{{ css }}</style></head><body>
 <h1>The exhibits of the Baichuan-M2 paper, redone</h1>
+<p>The paper (arXiv 2509.02208) trained a doctor of 32 billion parameters. m2kit redoes
+its figures and tables: the mechanisms on tiny models trained here, the memory of a card by arithmetic, the rest redrawn as published.</p>
 <p><b>{{ said }}</b></p><ul class="first">{% for row, line in first %}<li><a href="#{{ row.id }}">{{ line }}</a></li>{% endfor %}</ul>
-{% for whose, image in forests.items() %}<img src="{{ image }}" alt="Every tested claim, {{ whose_all[whose] }}: estimate, 95% interval,
-margin and the paper's number. The same numbers are in the tables below.">{% endfor %}
 <p>Go to: <a href="#ledger">the ledger, one row a claim</a>
 {% for e in exhibits %} · <a href="#{{ e.exhibit }}">{{ e.exhibit }}</a>{% endfor %}</p>
+{% for whose, image in forests.items() %}<div class="picture" tabindex="0"><img src="{{ image }}"
+alt="Every tested claim, {{ whose_all[whose] }}: estimate, 95% interval,
+margin and the paper's number. The same numbers are in the tables below."></div>{% endfor %}
 <p class="small">Every exhibit says what it is: <b>measured</b> was run here, with seeds and an interval; <b>derived</b> is computed from
 first principles; <b>redrawn</b> shows the paper's own published numbers and nothing of ours. Verdicts follow from the numbers beside them:
 {% for v in marks %}{{ k.verdict(v) }}{{ ", " if not loop.last }}{% endfor %}. Of the paper's numbers, those without a mark are reported in

@@ -47,11 +47,12 @@ def first_findings(
 def finding_line(
     row: dict,     # of the ledger
 ) -> str:
-    "A claim in plain words: what came out, the sentence, the number."
+    "A claim in plain words: what came out, the sentence, the number (three digits are enough here)."
     f = deciding(row)
-    interval = "" if f.low is None or f.unit == "counted" else f" [{number(f.low)}, {number(f.high)}]"
-    theirs = "" if f.paper is None else f"; the paper: {number(f.paper)}"
-    return f"{SIGNS[row['verdict']]} {row['verdict']}: {row['text']} ({f.what}: {number(f.estimate)}{interval}, {over(f)}{theirs})"
+    def short(x): return number(float(f"{x:.3g}"))
+    interval = "" if f.low is None or f.unit == "counted" else f" [{short(f.low)}, {short(f.high)}]"
+    theirs = "" if f.paper is None else f"; the paper: {short(f.paper)}"
+    return f"{SIGNS[row['verdict']]} {row['verdict']}: {row['text']} ({f.what}: {short(f.estimate)}{interval}, {over(f)}{theirs})"
 
 # %% ../../nbs/reproduce/summary.ipynb #cell-11
 COLOURS_OF = {REPRODUCED: PALETTE["green"], REFUTED: PALETTE["vermilion"], UNDECIDED: PALETTE["grey"]}
@@ -87,7 +88,7 @@ def draw_row(
     ax.plot(p["estimate"], y, "o", color=colour, ms=5.5, zorder=4)
     if p["paper"] is not None: ax.plot(p["paper"], y, "D", mfc="none", mec="black", ms=6, zorder=5)
     interval = "" if f.low is None or f.unit == "counted" else f" [{f.low:.3g}, {f.high:.3g}]"
-    ax.text(1.06, y, f"{f.estimate:.3g}{interval}", va="center", fontsize=8.5)
+    ax.text(1.14, y, f"{f.estimate:.3g}{interval}", va="center", fontsize=8)
 
 def forest(
     rows: list,    # of the ledger
@@ -96,16 +97,16 @@ def forest(
     "All tested claims below each other, by verdict."
     import matplotlib.pyplot as plt
     shown = [r for v in COLOURS_OF for r in tested(rows) if r["verdict"] == v]
-    height = 1.3 + .36*max(1, len(shown))
+    height = 1.5 + .36*max(1, len(shown))
     fig, ax = plt.subplots(figsize=(8.6, height))
-    fig.subplots_adjust(left=.46, right=.8, top=1 - .62/height, bottom=.62/height)
+    fig.subplots_adjust(left=.46, right=.77, top=1 - .82/height, bottom=.62/height)
     for y, r in enumerate(shown): draw_row(ax, y, r)
     ax.axvline(0, color="black", lw=1, zorder=2)
     ax.set(xlim=(-1.05, 1.05), ylim=(max(1, len(shown)) - .4, -.6), yticks=[], xticks=[-.6, 0, .6])
     ax.set_xticklabels(["otherwise", "needed", "as claimed"])
     ax.grid(visible=False)
     for s in ax.spines.values(): s.set_visible(False)
-    ax.tick_params(axis="x", length=0)
+    ax.tick_params(axis="x", length=0, labeltop=True)
     fig.text(.02, 1 - .12/height, title, fontsize=12, fontweight="bold", va="top")
     fig.text(.02, .1/height, "○ estimate, — 95% interval, ▭ margin, ◇ the paper's number; each row has its own scale",
              fontsize=8.5, va="bottom", color="#444444")
