@@ -74,7 +74,8 @@ def advice_turned(c): return replace(c, points=-c.points) if clause_kind(c) == "
 def flat_points(c): return replace(c, points=5 if c.positive else -5)
 
 # %% ../../nbs/train/hacking.ipynb #cell-13
-POLITE_PHRASE, LONG_ANSWER = "I know that this must be worrying", 110     # a phrase of the tiny doctor's; words: one answer in five is longer
+# A phrase of the tiny doctor's; and words: one answer in five of the start policy's is longer.
+POLITE_PHRASE, LONG_ANSWER = "I know that this must be worrying", 110
 
 FLAWS = {    # name -> (good, bad, case) -> criteria
     "sound": lambda good, bad, case: [*good, *bad],
