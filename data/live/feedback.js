@@ -137,14 +137,17 @@
       points = c => `${c.text} (${c.points > 0 ? "+" : ""}${c.points})`;
     const right = f.said === of.condition ? "right" : `the patient has ${of.condition}`;
     const told = f.said ? `you said ${f.said}: ${right}` : `you stated none; ${right}`;
+    const flag = c => c.tag.startsWith("said:red_flag:");
     const part = (title, items) => (items.length ? [title, ...items.map(x => `  - ${x}`)] : []);
     return [
       "What you did, read by words (a paraphrase can be missed):",
       `diagnosis: ${told}`,
       `the case's rubric: ${percent(f.score)} of its points`,
       ...part("met:", f.met.map(points)),
-      ...part("missed:", f.missed.map(points)),
-      ...part("harm:", [...f.warnings, ...f.harm.map(points)]),
+      ...part("missed:", f.missed.filter(c => !flag(c)).map(points)),
+      ...part("red flags missed:", f.missed.filter(flag).map(points)),
+      ...part("contraindications overlooked:", f.warnings),
+      ...part("harm:", f.harm.map(points)),
       ...part("never came out:", f.unheard),
     ];
   }

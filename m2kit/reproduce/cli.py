@@ -6,7 +6,7 @@
 __all__ = ['FILE', 'COUNT', 'SCALE', 'SOLD', 'EXTRAS', 'LOG', 'Output', 'Spec', 'Command', 'Commands', 'commands', 'command',
            'option', 'set_streams', 'print_aside', 'main', 'names_of', 'shelf', 'is_met', 'missing', 'cards', 'machine',
            'lacks_anywhere', 'lacks', 'surroundings_text', 'file_kind', 'read_file', 'cases_in', 'pick_script',
-           'training', 'Unopened', 'seed_option', 'rows_of', 'grader_of', 'estimate_benchmark', 'budget_of',
+           'training', 'Unopened', 'seed_option', 'plan_of', 'rows_of', 'grader_of', 'estimate_benchmark', 'budget_of',
            'run_benchmark', 'successors_text']
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-3
@@ -680,6 +680,80 @@ def consult(case, number, condition, seed, model, checker, judge, save, log):
         consultation.judge = LMJudge(Unopened(judge, log)).judge
     consultation.sim = open_simulator(model, checker or "", log, seed, training)
     talk(consultation)
+    return 0
+
+# %% ../../nbs/reproduce/cli.ipynb #2c967351
+CAST = [
+    option("--doctor", type=Spec("scripted", "reference"), default="scripted", metavar="SPEC",
+           help="Who asks: scripted (the interview's turns), reference (the doctor who asks what splits "
+                "the possibilities best), or a model: tiny:doctor, a checkpoint folder, URL#NAME."),
+    option("--patient", type=Spec(), default="tiny:patient", metavar="SPEC", help="Plays the patients."),
+    option("--gate", type=Spec("none"), metavar="SPEC",
+           help="Ends the consultation; none lets the patient end it. By default tiny:checker for "
+                "tiny:patient, else the patient's model."),
+    option("--checker", type=Spec("none"), metavar="SPEC",
+           help="Checks what the patient says; none lets all pass. By default as --gate."),
+    option("--judge", type=Spec("oracle", "none"), default="oracle", metavar="SPEC",
+           help="Scores the patient's fidelity: oracle (synthetic patients), none (leaks are counted all "
+                "the same), or a model.")]
+PATIENTS = [
+    option("--n", type=COUNT, metavar="N", help="Dialogues; by default 64, or one for each case of the file."),
+    option("--cases", type=FILE, metavar="FILE",
+           help="Patients of your own: the kit's case JSON (a script is one), AgentClinic rows, a FHIR bundle; "
+                "by default they are drawn."),
+    option("--stratify", metavar="A,B,...",
+           help="Spread drawn patients evenly over condition, specialty, sex, age, comorbidity."),
+    option("--max-turns", type=COUNT, default=40, metavar="N", help="The doctor's, at most."),
+    seed_option("patients, doctors and drafts")]
+FLIGHT = [
+    option("--at-once", type=COUNT, default=64, metavar="N",
+           help="Dialogues in flight, and what a kill can lose; for a server several times its requests at a time."),
+    option("--workers", type=COUNT, default=1, metavar="N",
+           help="Processes, each with models of its own (0.5 GB with the tiny ones)."),
+    option("--estimate", is_flag=True, show_default=False, help="Say about what it would take, and run nothing."),
+    option("--budget", type=click.FloatRange(min=0, min_open=True), metavar="X",
+           help="Stop before so many tokens are spent, or with --price so much money; the same again goes on."),
+    option("--price", "prices", multiple=True, metavar="NAME=READ,WRITTEN",
+           help="Of a model, for a million tokens read and written; may be repeated."),
+    option("--out", type=Output(folder=True), metavar="DIR",
+           help="The run's folder: dialogues.jsonl, result.json, and parts/, from which a killed run goes on.")]
+
+# %% ../../nbs/reproduce/cli.ipynb #0995e78b
+def plan_of(
+    o,           # the options of `m2kit simulate`, by name
+):               # a `SimulationPlan`, and how many dialogues
+    "What is to be simulated; a `UserError` where words do not fit, before any model is there."
+    from m2kit.core.errors import choose
+    from m2kit.service.simulate import STRATA, SimulationPlan, given
+    axes = tuple(choose(x.strip(), STRATA, "stratum") for x in o.stratify.split(",")) if o.stratify else ()
+    if axes and o.cases: raise UserError("--stratify spreads drawn patients; leave it out, or leave out --cases")
+    if not (o.out or o.estimate): raise UserError("where to? name a folder with --out")
+    if o.cases: cases_in(o.cases)      # says what else the file holds
+    plan = SimulationPlan(o.doctor, o.patient, o.gate or "", o.checker or "", o.judge, o.cases and str(Path(o.cases).resolve()) or "", axes,
+                o.seed, o.max_turns, o.at_once)
+    return plan, o.n or (len(given(plan.cases)) if o.cases else 64)
+
+# %% ../../nbs/reproduce/cli.ipynb #c053b746
+@command("Let doctors and simulated patients talk by the thousand; what they say becomes JSON lines.", """
+    m2kit simulate --n 256 --out runs/talks                    drawn patients, the interview's doctor, the tiny units
+    m2kit simulate --n 4096 --out runs/talks                   more of the same: whole parts that are there are kept
+    m2kit simulate --n 512 --stratify specialty,sex --workers 2 --out runs/even
+    m2kit simulate --cases cases.jsonl --doctor reference --patient URL#NAME --checker URL#OTHER --out runs/cases
+    m2kit simulate --n 1000 --doctor URL#NAME --patient URL#NAME --estimate --price NAME=2,8
+    m2kit simulate --n 1000 --doctor URL#NAME --patient URL#NAME --budget 50 --price NAME=2,8 --out runs/talks
+    (killed at any moment, the same command goes on; a row is the chat format of TRL, verl and SFT tools: the
+    doctor is the assistant, the patient the user)""",
+    *CAST, *PATIENTS, *FLIGHT)
+def simulate(**options):
+    "Simulate, and print what it came to."
+    from types import SimpleNamespace
+    from m2kit.evaluate.budget import read_prices
+    o = SimpleNamespace(**options)
+    prices, (plan, n) = read_prices(o.prices), plan_of(o)
+    from m2kit.service.simulate import simulation_estimate, result_text, run_simulation
+    if o.estimate: print_visible(simulation_estimate(plan, n, prices)); return 0
+    result = run_simulation(plan, n, o.out, o.workers, o.budget, prices, training=training)
+    print_visible(result_text(result)); print_visible(f"in {o.out}: dialogues.jsonl, result.json")
     return 0
 
 # %% ../../nbs/reproduce/cli.ipynb #cell-64

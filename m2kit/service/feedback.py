@@ -186,10 +186,14 @@ def feedback_lines(
     right = "right" if f.said == f.condition else "the patient has " + f.condition
     told = f"you said {f.said}: {right}" if f.said else f"you stated none; {right}"
     points = lambda cs: [f"{c.text} ({c.points:+d})" for c in cs]
+    missed, flag = f.items(False, True), lambda c: any(t.startswith("said:red_flag:") for t in c.tags)
     return [
         "What you did, read by words (a paraphrase can be missed):",
         f"diagnosis: {told}", f"the case's rubric: {100*f.score:.0f}% of its points",
-        *_some("met:", points(f.items(True, True))), *_some("missed:", points(f.items(False, True))),
-        *_some("harm:", [*f.warnings, *points(f.items(True, False))]),
+        *_some("met:", points(f.items(True, True))),
+        *_some("missed:", points([c for c in missed if not flag(c)])),
+        *_some("red flags missed:", points([c for c in missed if flag(c)])),
+        *_some("contraindications overlooked:", f.warnings),
+        *_some("harm:", points(f.items(True, False))),
         *_some("never came out:", f.unheard),
     ]
