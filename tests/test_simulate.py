@@ -39,6 +39,7 @@ def test_rows_are_chats_from_the_doctors_side(stand_ins, tmp_path):
     assert len({r["id"] for r in rows(tmp_path/"a")}) == len({r["script"] for r in rows(tmp_path/"a")}) == 6
 
 
+@pytest.mark.slow
 def test_trainers_read_them(stand_ins, tmp_path):
     run_simulation(plan(), 8, tmp_path/"a", **QUIET)
     load_dataset = pytest.importorskip("datasets").load_dataset
