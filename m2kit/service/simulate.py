@@ -7,7 +7,7 @@ __all__ = ['STRATA', 'SCORED', 'TURNS_EACH', 'REPLY', 'CALLS', 'SimulationPlan',
            'given', 'patient_at', 'Reference', 'instruction_of', 'doctor_for', 'Counted', 'Cast', 'one_thread',
            'asked_and_told', 'closed_at', 'scores_of', 'row_of', 'part_path', 'part_record', 'talks_of', 'judgements',
            'make_part', 'estimate', 'named_price', 'simulation_estimate', 'TurnProgress', 'Purse', 'part_in_worker',
-           'computed_parts', 'sizes', 'run_simulation', 'joined', 'result_text']
+           'computed_parts', 'sizes', 'run_simulation', 'summed_up', 'result_text']
 
 # %% ../../nbs/service/simulate.ipynb #cell-3
 import json, os, random, threading, time
@@ -490,10 +490,10 @@ def run_simulation(
         if purse.full:
             raise UserError(f"the budget of {budget:,.12g} is spent ({purse.spent():,.12g} so far, {progress.done} of {n} dialogues "
                             f"are in {folder}/parts); the same command with a larger --budget goes on from there")
-        return joined(folder, size, purse)
+        return summed_up(folder, size, purse)
 
 # %% ../../nbs/service/simulate.ipynb #cell-40
-def joined(
+def summed_up(
     folder, size: list[int],  # of the run, and its parts
     purse: Purse,
 ) -> dict:                    # what `result.json` holds
@@ -515,7 +515,7 @@ def joined(
     return result
 
 def result_text(
-    r: dict,   # of `joined`
+    r: dict,   # of `summed_up`
 ) -> str:
     "A result for a terminal."
     some = lambda d: ", ".join(f"{k or 'not known'} {v}" for k, v in sorted(d.items(), key=lambda x: -x[1]))
